@@ -1,0 +1,132 @@
+//! What a model asks of its back-end: the differentiable operators.
+
+use burn::tensor::backend::{AutodiffBackend, Backend};
+use burn::tensor::ops::{FloatTensor, IntTensor};
+
+use super::{EsmmArgs, ExpertKernels, FfnWeights, RawExpertIndex, RawGating};
+use crate::types::{FfnOptions, MatmulPrecision, RowOrder};
+
+/// A back-end with the expert-specific operators.
+///
+/// Implemented for every [`ExpertKernels`] back-end and for `Autodiff` over one. Use the checked
+/// functions of [`crate::api`] rather than these methods, which trust their arguments.
+pub trait ExpertOps: Backend {
+    /// See [`ExpertKernels::tile_rows`].
+    fn tile_rows(device: &Self::Device) -> usize;
+
+    /// See [`ExpertKernels::topk_gating`]; `probs` and `weights` are differentiable.
+    fn topk_gating(
+        logits: FloatTensor<Self>,
+        top_k: usize,
+        normalize: bool,
+    ) -> RawGating<FloatTensor<Self>, IntTensor<Self>>;
+
+    /// See [`ExpertKernels::expert_index`].
+    fn expert_index(
+        expert_ids: IntTensor<Self>,
+        num_experts: usize,
+    ) -> RawExpertIndex<IntTensor<Self>>;
+
+    /// See [`ExpertKernels::esmm`]; differentiable in `x`, `w` and `bias`.
+    fn esmm(args: EsmmArgs<FloatTensor<Self>, IntTensor<Self>>) -> FloatTensor<Self>;
+
+    /// See [`ExpertKernels::estmm`]; differentiable in `a` and `b`.
+    fn estmm(
+        a: FloatTensor<Self>,
+        a_order: RowOrder,
+        b: FloatTensor<Self>,
+        b_order: RowOrder,
+        index: RawExpertIndex<IntTensor<Self>>,
+    ) -> FloatTensor<Self>;
+
+    /// See [`ExpertKernels::ess`], without gates; differentiable in `x`.
+    fn ess(
+        x: FloatTensor<Self>,
+        x_order: RowOrder,
+        index: RawExpertIndex<IntTensor<Self>>,
+    ) -> FloatTensor<Self>;
+
+    /// See [`ExpertKernels::expert_ffn`]; differentiable in `x`, `gates` and all weights.
+    fn expert_ffn(
+        x: FloatTensor<Self>,
+        gates: FloatTensor<Self>,
+        weights: FfnWeights<FloatTensor<Self>>,
+        index: RawExpertIndex<IntTensor<Self>>,
+        options: FfnOptions,
+        dropout_seed: Option<IntTensor<Self>>,
+    ) -> FloatTensor<Self>;
+
+    /// See [`ExpertKernels::dense_matmul`]; differentiable in both.
+    fn dense_matmul(
+        lhs: FloatTensor<Self>,
+        rhs: FloatTensor<Self>,
+        precision: MatmulPrecision,
+    ) -> FloatTensor<Self>;
+}
+
+impl<B: ExpertKernels> ExpertOps for B {
+    fn tile_rows(device: &Self::Device) -> usize {
+        <B as ExpertKernels>::tile_rows(device)
+    }
+
+    fn topk_gating(
+        logits: FloatTensor<Self>,
+        top_k: usize,
+        normalize: bool,
+    ) -> RawGating<FloatTensor<Self>, IntTensor<Self>> {
+        <B as ExpertKernels>::topk_gating(logits, top_k, normalize)
+    }
+
+    fn expert_index(
+        expert_ids: IntTensor<Self>,
+        num_experts: usize,
+    ) -> RawExpertIndex<IntTensor<Self>> {
+        <B as ExpertKernels>::expert_index(expert_ids, num_experts)
+    }
+
+    fn esmm(args: EsmmArgs<FloatTensor<Self>, IntTensor<Self>>) -> FloatTensor<Self> {
+        <B as ExpertKernels>::esmm(args)
+    }
+
+    fn estmm(
+        a: FloatTensor<Self>,
+        a_order: RowOrder,
+        b: FloatTensor<Self>,
+        b_order: RowOrder,
+        index: RawExpertIndex<IntTensor<Self>>,
+    ) -> FloatTensor<Self> {
+        <B as ExpertKernels>::estmm(a, a_order, b, b_order, index)
+    }
+
+    fn ess(
+        x: FloatTensor<Self>,
+        x_order: RowOrder,
+        index: RawExpertIndex<IntTensor<Self>>,
+    ) -> FloatTensor<Self> {
+        <B as ExpertKernels>::ess(x, x_order, None, index)
+    }
+
+    fn expert_ffn(
+        x: FloatTensor<Self>,
+        gates: FloatTensor<Self>,
+        weights: FfnWeights<FloatTensor<Self>>,
+        index: RawExpertIndex<IntTensor<Self>>,
+        options: FfnOptions,
+        dropout_seed: Option<IntTensor<Self>>,
+    ) -> FloatTensor<Self> {
+        <B as ExpertKernels>::expert_ffn(x, gates, weights, index, options, dropout_seed).output
+    }
+
+    fn dense_matmul(
+        lhs: FloatTensor<Self>,
+        rhs: FloatTensor<Self>,
+        precision: MatmulPrecision,
+    ) -> FloatTensor<Self> {
+        <B as ExpertKernels>::dense_matmul(lhs, rhs, precision)
+    }
+}
+
+/// A back-end that trains and evaluates with the expert-specific operators.
+pub trait TrainingBackend: AutodiffBackend<InnerBackend: ExpertOps> + ExpertOps {}
+
+impl<B> TrainingBackend for B where B: AutodiffBackend<InnerBackend: ExpertOps> + ExpertOps {}

@@ -1,0 +1,3 @@
+//! Operators composed of kernels, generic over the back-end.
+
+pub mod ffn;

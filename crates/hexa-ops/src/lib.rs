@@ -5,6 +5,8 @@ pub mod backends;
 pub mod dropout;
 mod error;
 pub mod ops;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod types;
 
 pub use backend::{ExpertKernels, ExpertOps, TrainingBackend};

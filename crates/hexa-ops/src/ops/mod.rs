@@ -1,3 +1,16 @@
 //! Operators composed of kernels, generic over the back-end.
+//!
+//! Each kernel family has its contract in `mod.rs`, its device code in `kernel.rs`, pure planning
+//! in `plan.rs` and the host's side of the launch in `launch.rs`.
 
+#[cfg(feature = "cube")]
+pub mod activation;
+#[cfg(feature = "cube")]
+pub mod dense;
+#[cfg(feature = "cube")]
+pub(crate) mod device;
 pub mod ffn;
+#[cfg(feature = "cube")]
+pub mod gating;
+#[cfg(feature = "cube")]
+pub mod index;

@@ -137,13 +137,12 @@ pub fn softmax_backward<R: CubeRuntime>(
     grad_logits
 }
 
-/// Smallest divisor of a normalisation, as a scalar of the accumulator's type.
+/// Smallest divisor of a normalisation: the epsilon of the accumulator's type, in that type.
 fn epsilon(dtype: DType) -> InputScalar {
-    let epsilon = match dtype {
+    let accumulator = accumulator(dtype);
+    let epsilon = match accumulator {
         DType::F64 => f64::EPSILON,
-        DType::F16 => burn::tensor::f16::EPSILON.to_f64(),
-        DType::BF16 => burn::tensor::bf16::EPSILON.to_f64(),
         _ => f64::from(f32::EPSILON),
     };
-    InputScalar::new(epsilon, accumulator(dtype))
+    InputScalar::new(epsilon, accumulator)
 }

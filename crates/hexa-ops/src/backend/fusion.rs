@@ -7,9 +7,10 @@
 use core::fmt::{Debug, Formatter};
 use core::marker::PhantomData;
 
+use burn::tensor::ops::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Element, Shape};
 use burn_backend::backend::BackendTypes;
-use burn_backend::ops::{FloatTensor, IntTensor};
+
 use burn_fusion::stream::{Operation, OperationStreams};
 use burn_fusion::{Fusion, FusionBackend, FusionTensor};
 use burn_ir::{CustomOpIr, HandleContainer, OperationIr, OperationOutput, TensorIr};

@@ -12,7 +12,7 @@
 //! Contracts: [`crate::ExpertKernels::ffn_activation`],
 //! [`crate::ExpertKernels::ffn_activation_backward`]; the mask is that of [`crate::dropout`].
 
-pub mod kernel;
-pub mod launch;
-pub mod math;
-pub mod plan;
+pub(crate) mod kernel;
+pub(crate) mod launch;
+pub(crate) mod math;
+pub(crate) mod plan;

@@ -5,6 +5,6 @@
 //! (fixed in CubeK 0.3). This module therefore names its kernels: CubeK's single-stage ones, on
 //! matrix units where the precision allows them, and a plain loop for what these refuse.
 
-pub mod kernel;
-pub mod launch;
-pub mod plan;
+pub(crate) mod kernel;
+pub(crate) mod launch;
+pub(crate) mod plan;

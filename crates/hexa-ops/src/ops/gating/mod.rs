@@ -9,5 +9,5 @@
 //! One unit handles one token (or one probability, in the weights' backward pass): rows are as
 //! short as there are experts.
 
-pub mod kernel;
-pub mod launch;
+pub(crate) mod kernel;
+pub(crate) mod launch;

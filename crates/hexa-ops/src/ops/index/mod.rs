@@ -7,6 +7,6 @@
 //!
 //! Source: the re-index vector of arXiv:2411.01288v4, section 4.1, without its padding.
 
-pub mod kernel;
-pub mod launch;
-pub mod plan;
+pub(crate) mod kernel;
+pub(crate) mod launch;
+pub(crate) mod plan;

@@ -3,7 +3,7 @@
 
 use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
-use burn::tensor::{FloatDType, Int, Tensor};
+use burn::tensor::{DType, Int, IntDType, Tensor};
 
 use crate::config::BalanceConfig;
 use crate::router::Routing;
@@ -45,7 +45,7 @@ impl BalanceConfig {
 
 /// A loss of zero: `[1]`.
 pub(crate) fn no_loss<B: Backend>(device: &B::Device) -> Tensor<B, 1> {
-    Tensor::zeros([1], device).cast(FloatDType::F32)
+    Tensor::zeros([1], (device, DType::F32))
 }
 
 /// GShard's loss, `E / T² · Σ_e (Σ_t p_te) · (Σ_t [top1(t) = e])` (arXiv:2006.16668, Eq. 4, as
@@ -54,10 +54,7 @@ pub(crate) fn no_loss<B: Backend>(device: &B::Device) -> Tensor<B, 1> {
 /// # Shapes
 /// - `probs`: `[tokens, num_experts]`, float, `tokens >= 1`
 /// - `expert_ids`: `[tokens, top_k]`, int in `0..num_experts`
-pub fn gshard_loss<B: Backend>(
-    probs: Tensor<B, 2>,
-    expert_ids: Tensor<B, 2, Int>,
-) -> Tensor<B, 1> {
+pub fn gshard_loss<B: Backend>(probs: Tensor<B, 2>, expert_ids: Tensor<B, 2, Int>) -> Tensor<B, 1> {
     let [tokens, num_experts] = probs.dims();
     let load = one_hot(expert_ids, 0, &probs).sum_dim(0);
     let scale = num_experts as f64 / (tokens as f64 * tokens as f64);
@@ -131,15 +128,11 @@ fn one_hot<B: Backend>(
     let [tokens, num_experts] = like.dims();
     let chosen = expert_ids.narrow(1, choice, 1);
     let experts = Tensor::<B, 1, Int>::arange(0..num_experts as i64, &like.device())
-        .cast(int_dtype(&chosen))
+        .cast(IntDType::from(chosen.dtype()))
         .unsqueeze::<2>();
     chosen
         .expand([tokens, num_experts])
         .equal(experts.expand([tokens, num_experts]))
         .float()
         .cast(like.dtype())
-}
-
-fn int_dtype<B: Backend>(ids: &Tensor<B, 2, Int>) -> burn::tensor::IntDType {
-    ids.dtype().into()
 }

@@ -236,9 +236,7 @@ impl MoeConfig {
         let std = self.router_init_std;
         Router {
             scorer: match self.router {
-                RouterConfig::Linear => {
-                    Scorer::linear(self.d_model, self.num_experts, std, device)
-                }
+                RouterConfig::Linear => Scorer::linear(self.d_model, self.num_experts, std, device),
                 RouterConfig::Cosine {
                     dim,
                     init_temperature,
@@ -304,7 +302,12 @@ impl MoeConfig {
             ("balance.z_loss", self.balance.z_loss),
         ] {
             if !(value.is_finite() && value >= 0.0) {
-                return refuse(field, value, "a finite number >= 0", "use 0 to switch it off");
+                return refuse(
+                    field,
+                    value,
+                    "a finite number >= 0",
+                    "use 0 to switch it off",
+                );
             }
         }
         // As f32, which is what the kernels compare with: 1 − 1e-9 would round to 1.

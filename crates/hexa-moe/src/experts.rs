@@ -134,7 +134,9 @@ impl<B: ExpertOps> Experts<B> {
             },
         };
         let gates = gate_weights.cast(dtype);
-        Ok(hexa_ops::expert_ffn(x, gates, params, index, options, seed)?)
+        Ok(hexa_ops::expert_ffn(
+            x, gates, params, index, options, seed,
+        )?)
     }
 
     /// The single expert's output for every token, ungated: `[tokens, d_model]` → the same.

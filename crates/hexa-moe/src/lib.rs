@@ -72,6 +72,4 @@ pub use load::{LoadReport, LoadStats};
 pub use moe::{Moe, MoeOutput};
 pub use router::{CosineScorer, Router, Routing, Scorer};
 
-pub use hexa_ops::{
-    Activation, ExpertOps, MatmulPrecision, OpsError, TrainingBackend, backends,
-};
+pub use hexa_ops::{Activation, ExpertOps, MatmulPrecision, OpsError, TrainingBackend, backends};

@@ -1,7 +1,8 @@
 //! How the experts were loaded: device tensors that cost nothing until they are read.
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{ExecutionError, Int, Tensor, TensorData};
+use burn::tensor::backend::ExecutionError;
+use burn::tensor::{Int, Tensor, TensorData};
 use hexa_ops::OpsError;
 use serde::{Deserialize, Serialize};
 

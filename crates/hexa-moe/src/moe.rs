@@ -92,9 +92,9 @@ impl<B: ExpertOps> Moe<B> {
         let x = x.reshape([tokens, self.d_model]);
         let routing = self.router.route(x.clone())?;
         let index = ExpertIndex::from_gating(&routing.gating);
-        let mut output =
-            self.experts
-                .forward(x.clone(), routing.gating.weights.clone(), &index)?;
+        let mut output = self
+            .experts
+            .forward(x.clone(), routing.gating.weights.clone(), &index)?;
         if let Some(shared) = &self.shared {
             output = output + shared.forward_shared(x)?;
         }

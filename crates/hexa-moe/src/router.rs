@@ -166,7 +166,12 @@ fn project<B: ExpertOps>(
     precision: MatmulPrecision,
 ) -> Result<Tensor<B, 2>> {
     let bias = linear.bias.as_ref().map(f32_of);
-    Ok(hexa_ops::linear(x, f32_of(&linear.weight), bias, precision)?)
+    Ok(hexa_ops::linear(
+        x,
+        f32_of(&linear.weight),
+        bias,
+        precision,
+    )?)
 }
 
 /// A parameter in f32: routing decides discretely, so that half precision would move tokens.

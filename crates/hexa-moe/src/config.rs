@@ -251,6 +251,7 @@ impl MoeConfig {
             top_k: self.top_k,
             gate_noise: self.gate_noise,
             normalize_gate: self.normalize_gate,
+            noise_in_training: true,
             precision: self.precision,
         }
     }

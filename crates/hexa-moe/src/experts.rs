@@ -148,7 +148,6 @@ impl<B: ExpertOps> Experts<B> {
             probs: ones.clone(),
             weights: ones.clone(),
             expert_ids: Tensor::zeros([tokens, 1], &device),
-            num_experts: 1,
         };
         self.forward(x, ones, &ExpertIndex::from_gating(&everyone))
     }

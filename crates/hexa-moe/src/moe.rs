@@ -3,7 +3,7 @@
 use burn::module::Module;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
-use hexa_ops::{ExpertIndex, ExpertOps};
+use hexa_ops::{ExpertIndex, ExpertOps, OpsError};
 
 use crate::balance::no_loss;
 use crate::config::BalanceConfig;
@@ -49,6 +49,17 @@ pub struct MoeOutput<B: Backend, const D: usize = 2> {
 }
 
 impl<B: ExpertOps> Moe<B> {
+    /// Switches gate noise and expert dropout off for good, so that a back-end with autodiff
+    /// computes what `valid()` computes, and its gradients.
+    pub fn without_noise(mut self) -> Self {
+        self.router.noise_in_training = false;
+        self.experts.dropout = 0.0;
+        if let Some(shared) = &mut self.shared {
+            shared.dropout = 0.0;
+        }
+        self
+    }
+
     /// Runs the layer; [`Moe::try_forward`] without the `Result`, as Burn's modules have it.
     ///
     /// # Shapes
@@ -83,6 +94,14 @@ impl<B: ExpertOps> Moe<B> {
                 got: shape.to_vec(),
                 d_model: self.d_model,
             });
+        }
+        if !x.dtype().is_float() {
+            return Err(MoeError::Ops(OpsError::DType {
+                op: "Moe",
+                tensor: "x",
+                got: x.dtype(),
+                expected: "a float type".to_owned(),
+            }));
         }
         let tokens = shape.num_elements() / self.d_model;
         if tokens == 0 {

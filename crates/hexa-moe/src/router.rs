@@ -28,6 +28,8 @@ pub struct Router<B: Backend> {
     pub gate_noise: f64,
     /// Whether a token's gate weights are divided by their sum.
     pub normalize_gate: bool,
+    /// Whether noise is added on back-ends with autodiff.
+    pub noise_in_training: bool,
     /// Arithmetic of the products.
     #[module(skip)]
     pub precision: MatmulPrecision,
@@ -88,7 +90,8 @@ impl<B: ExpertOps> Router<B> {
 
     /// Adds the noise of training, which is what a back-end with autodiff means, as for dropout.
     fn add_noise(&self, logits: Tensor<B, 2>) -> Tensor<B, 2> {
-        if self.gate_noise == 0.0 || !B::ad_enabled(&logits.device()) {
+        let training = self.noise_in_training && B::ad_enabled(&logits.device());
+        if self.gate_noise == 0.0 || !training {
             return logits;
         }
         let noise = logits.random_like(Distribution::Normal(0.0, 1.0));

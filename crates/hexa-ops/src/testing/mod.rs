@@ -1,0 +1,1 @@
+//! Oracles, comparators, gradient checks and back-end selection for tests.

@@ -1,1 +1,5 @@
-//! .
+//! Swin Transformer with Mixture-of-Experts layers: model, data and training.
+
+pub mod model;
+pub mod parity;
+pub mod weights;

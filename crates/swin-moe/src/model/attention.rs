@@ -99,17 +99,21 @@ impl<B: ExpertOps> WindowAttention<B> {
         let n = self.layout.window_tokens();
         let (heads, per_image) = (self.num_heads, self.layout.num_windows());
         let bias = self.pairs.bias(&self.cpb_mlp)?;
-        let biased = match &self.mask {
-            // Summed first: both are far smaller than the scores of a whole batch.
-            Some(mask) => {
-                let bias = bias.reshape([1, 1, heads, n, n])
-                    + mask.clone().reshape([1, per_image, 1, n, n]);
-                (scores.reshape([windows / per_image, per_image, heads, n, n]) + bias)
-                    .reshape([windows * heads, n, n])
-            }
-            None => (scores.reshape([windows, heads, n, n]) + bias.unsqueeze())
-                .reshape([windows * heads, n, n]),
-        };
+        let biased =
+            match &self.mask {
+                // Summed first: both are far smaller than the scores of a whole batch.
+                Some(mask) => {
+                    let bias = bias.reshape([1, 1, heads, n, n])
+                        + mask.clone().reshape([1, per_image, 1, n, n]);
+                    (scores.reshape([windows / per_image, per_image, heads, n, n]) + bias)
+                        .reshape([windows * heads, n, n])
+                }
+                None => (scores.reshape([windows, heads, n, n]) + bias.unsqueeze()).reshape([
+                    windows * heads,
+                    n,
+                    n,
+                ]),
+            };
         Ok(biased)
     }
 }

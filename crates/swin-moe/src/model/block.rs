@@ -13,7 +13,6 @@ use super::error::Result;
 use super::geometry::BlockGeometry;
 use super::layers::LayerNorm;
 use super::mlp::Mlp;
-use super::swin::Mode;
 
 /// The second half of a block.
 #[derive(Module, Debug)]
@@ -54,24 +53,35 @@ impl<B: ExpertOps> SwinBlock<B> {
     ///
     /// # Errors
     /// If the Mixture-of-Experts layer refuses its settings.
-    pub fn new(
-        config: &SwinMoeConfig,
-        block: &BlockGeometry,
-        device: &B::Device,
-    ) -> Result<Self> {
+    pub fn new(config: &SwinMoeConfig, block: &BlockGeometry, device: &B::Device) -> Result<Self> {
         let (init_std, precision) = (config.init_std, config.precision);
         Ok(Self {
             norm1: LayerNorm::new(block.dim, device),
             attn: WindowAttention::new(block, init_std, precision, device),
             norm2: LayerNorm::new(block.dim, device),
             mlp: if block.is_moe {
-                FeedForward::Moe(config.moe_layer(block).init(device)?)
+                FeedForward::Moe(config.moe_layer(block.dim, block.hidden).init(device)?)
             } else {
-                FeedForward::Dense(Mlp::new(block, config.fc2_bias, init_std, precision, device))
+                FeedForward::Dense(Mlp::new(
+                    block,
+                    config.fc2_bias,
+                    init_std,
+                    precision,
+                    device,
+                ))
             },
             tokens: block.layout.grid * block.layout.grid,
             drop_path: block.drop_path,
         })
+    }
+
+    /// Switches noise, dropout and stochastic depth off for good.
+    pub fn without_noise(mut self) -> Self {
+        self.drop_path = 0.0;
+        if let FeedForward::Moe(moe) = self.mlp {
+            self.mlp = FeedForward::Moe(moe.without_noise());
+        }
+        self
     }
 
     /// # Shapes
@@ -79,16 +89,9 @@ impl<B: ExpertOps> SwinBlock<B> {
     ///
     /// # Errors
     /// If the number of channels is another.
-    pub fn forward(
-        &self,
-        x: Tensor<B, 2>,
-        mode: Mode,
-    ) -> Result<(Tensor<B, 2>, Option<MoeReport<B>>)> {
+    pub fn forward(&self, x: Tensor<B, 2>) -> Result<(Tensor<B, 2>, Option<MoeReport<B>>)> {
         let batch = x.dims()[0] / self.tokens;
-        let skip = |branch| match mode {
-            Mode::Stochastic => drop_path(branch, batch, self.drop_path),
-            Mode::Deterministic => branch,
-        };
+        let skip = |branch| drop_path(branch, batch, self.drop_path);
         let attended = self.attn.forward(self.norm1.forward(x.clone()))?;
         let x = x + skip(attended);
 
@@ -96,7 +99,7 @@ impl<B: ExpertOps> SwinBlock<B> {
         let (y, report) = match &self.mlp {
             FeedForward::Dense(mlp) => (mlp.forward(normed)?, None),
             FeedForward::Moe(moe) => {
-                let out = moe.forward(normed, mode)?;
+                let out = moe.try_forward(normed)?;
                 let report = MoeReport {
                     aux_loss: out.aux_loss,
                     load: out.load,

@@ -1,6 +1,6 @@
 //! The model's configuration and its checks.
 
-use burn::tensor::backend::Backend;
+use hexa_moe::{Activation, BalanceConfig, MoeConfig, RouterConfig};
 use hexa_ops::{ExpertOps, MatmulPrecision};
 use serde::{Deserialize, Serialize};
 
@@ -56,24 +56,18 @@ pub struct MoeSettings {
     pub num_experts: usize,
     /// Experts per token.
     pub top_k: usize,
-    /// Whether the router compares directions (cosine) rather than projecting linearly.
-    pub cosine_router: bool,
-    /// Width of the cosine router's projection.
-    pub cosine_router_dim: usize,
-    /// Initial temperature of the cosine router.
-    pub cosine_router_init_t: f64,
+    /// How tokens are scored.
+    pub router: RouterConfig,
+    /// Standard deviation of the noise on the router's logits, times the number of experts.
+    pub gate_noise: f64,
     /// Whether a token's gate weights are divided by their sum.
     pub normalize_gate: bool,
-    /// GShard's balance loss if true, otherwise load plus importance loss.
-    pub gshard_loss: bool,
-    /// Standard deviation, times the number of experts, of the noise on the router's logits.
-    pub gate_noise: f64,
+    /// The experts' activation.
+    pub activation: Activation,
     /// Dropout after the experts' activation.
     pub dropout: f64,
-    /// Weight of the balance loss.
-    pub aux_loss_weight: f64,
-    /// Weight of the router's z-loss.
-    pub z_loss_weight: f64,
+    /// Weights of the auxiliary losses.
+    pub balance: BalanceConfig,
     /// Experts that every token passes through besides its chosen ones.
     pub num_shared_experts: usize,
 }
@@ -107,15 +101,12 @@ impl Default for MoeSettings {
         Self {
             num_experts: 8,
             top_k: 1,
-            cosine_router: false,
-            cosine_router_dim: 256,
-            cosine_router_init_t: 0.5,
-            normalize_gate: false,
-            gshard_loss: true,
+            router: RouterConfig::Linear,
             gate_noise: 1.0,
+            normalize_gate: false,
+            activation: Activation::Gelu,
             dropout: 0.0,
-            aux_loss_weight: 0.01,
-            z_loss_weight: 0.0,
+            balance: BalanceConfig::default(),
             num_shared_experts: 0,
         }
     }
@@ -144,6 +135,9 @@ fn at_least_one(key: &str, value: usize) -> Result<()> {
 
 /// Sizes above this would overflow element counts long before they fit in memory.
 const MAX_SIZE: usize = 1 << 20;
+
+/// As [`MAX_SIZE`], for experts.
+const MAX_EXPERTS: usize = 1 << 12;
 
 fn at_most(key: &str, value: usize, max: usize) -> Result<()> {
     if value > max {
@@ -189,6 +183,10 @@ impl SwinMoeConfig {
         finite_non_negative("init_std", self.init_std)?;
         if self.has_moe() {
             self.moe.validate()?;
+            for stage in 0..self.depths.len() {
+                self.moe_layer(self.stage_dim(stage), self.hidden_dim(stage))
+                    .validate()?;
+            }
         }
         Ok(())
     }
@@ -230,6 +228,25 @@ impl SwinMoeConfig {
     /// Hidden width of the MLPs of a stage.
     pub fn hidden_dim(&self, stage: usize) -> usize {
         (self.stage_dim(stage) as f64 * self.mlp_ratio) as usize
+    }
+
+    /// The Mixture-of-Experts layer of a block of `dim` channels and `hidden` columns.
+    pub fn moe_layer(&self, dim: usize, hidden: usize) -> MoeConfig {
+        let moe = &self.moe;
+        MoeConfig::new(dim, hidden, moe.num_experts)
+            .with_top_k(moe.top_k)
+            .with_router(moe.router)
+            .with_gate_noise(moe.gate_noise)
+            .with_normalize_gate(moe.normalize_gate)
+            .with_activation(moe.activation)
+            .with_expert_dropout(moe.dropout)
+            .with_shared_d_ff(moe.num_shared_experts * hidden)
+            // The published layer always has the second bias, and freezes it if there is to be none.
+            .with_train_fc2_bias(self.fc2_bias)
+            .with_init_std(self.init_std)
+            .with_router_init_std(self.init_std)
+            .with_balance(moe.balance)
+            .with_precision(self.precision)
     }
 
     /// Sizes of every stage and block.
@@ -275,11 +292,19 @@ impl SwinMoeConfig {
     fn validate_stages(&self) -> Result<()> {
         let stages = self.depths.len();
         if !(1..=8).contains(&stages) {
-            return refuse("depths", format!("{stages} stages"), "1 to 8 stages", "list the number of blocks of each stage");
+            return refuse(
+                "depths",
+                format!("{stages} stages"),
+                "1 to 8 stages",
+                "list the number of blocks of each stage",
+            );
         }
         for (key, len) in [
             ("num_heads", self.num_heads.len()),
-            ("pretrained_window_sizes", self.pretrained_window_sizes.len()),
+            (
+                "pretrained_window_sizes",
+                self.pretrained_window_sizes.len(),
+            ),
             ("moe_blocks", self.moe_blocks.len()),
         ] {
             if len != stages {
@@ -384,45 +409,18 @@ impl SwinMoeConfig {
 }
 
 impl MoeSettings {
-    /// Checks the ranges that do not depend on the rest of the model.
-    ///
-    /// # Errors
-    /// [`ModelError::Config`] for the first value that is out of range.
-    pub fn validate(&self) -> Result<()> {
+    /// Checks the ranges that [`MoeConfig`] does not: sizes are bounded so that they multiply
+    /// without overflow.
+    fn validate(&self) -> Result<()> {
         at_least_one("moe.num_experts", self.num_experts)?;
-        at_most("moe.num_experts", self.num_experts, 4096)?;
-        if !(1..=self.num_experts).contains(&self.top_k) {
-            return refuse(
-                "moe.top_k",
-                self.top_k,
-                format!("1..={} (num_experts)", self.num_experts),
-                "lower moe.top_k",
-            );
-        }
-        at_most("moe.num_shared_experts", self.num_shared_experts, 4096)?;
-        if self.cosine_router {
-            at_least_one("moe.cosine_router_dim", self.cosine_router_dim)?;
-            at_most("moe.cosine_router_dim", self.cosine_router_dim, MAX_SIZE)?;
-            if !(self.cosine_router_init_t.is_finite() && self.cosine_router_init_t > 0.0) {
-                return refuse(
-                    "moe.cosine_router_init_t",
-                    self.cosine_router_init_t,
-                    "a finite number above 0",
-                    "the published models have 0.5",
-                );
-            }
-        }
-        probability("moe.dropout", self.dropout)?;
-        finite_non_negative("moe.gate_noise", self.gate_noise)?;
-        finite_non_negative("moe.aux_loss_weight", self.aux_loss_weight)?;
-        finite_non_negative("moe.z_loss_weight", self.z_loss_weight)?;
-        if !self.gshard_loss && self.gate_noise == 0.0 {
-            return refuse(
-                "moe.gate_noise",
-                self.gate_noise,
-                "more than 0 with the load loss, which is an expectation over the noise",
-                "set moe.gate_noise to 1.0, or moe.gshard_loss to true",
-            );
+        at_most("moe.num_experts", self.num_experts, MAX_EXPERTS)?;
+        at_most(
+            "moe.num_shared_experts",
+            self.num_shared_experts,
+            MAX_EXPERTS,
+        )?;
+        if let RouterConfig::Cosine { dim, .. } = self.router {
+            at_most("moe.router.dim", dim, MAX_SIZE)?;
         }
         Ok(())
     }

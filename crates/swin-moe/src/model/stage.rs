@@ -10,7 +10,6 @@ use super::config::SwinMoeConfig;
 use super::error::Result;
 use super::geometry::StageGeometry;
 use super::patch::PatchMerging;
-use super::swin::Mode;
 
 /// A stage of the model.
 #[derive(Module, Debug)]
@@ -26,11 +25,7 @@ impl<B: ExpertOps> Stage<B> {
     ///
     /// # Errors
     /// If a Mixture-of-Experts layer refuses its settings.
-    pub fn new(
-        config: &SwinMoeConfig,
-        stage: &StageGeometry,
-        device: &B::Device,
-    ) -> Result<Self> {
+    pub fn new(config: &SwinMoeConfig, stage: &StageGeometry, device: &B::Device) -> Result<Self> {
         let blocks = stage
             .blocks
             .iter()
@@ -48,6 +43,16 @@ impl<B: ExpertOps> Stage<B> {
         Ok(Self { blocks, downsample })
     }
 
+    /// Switches noise, dropout and stochastic depth off for good.
+    pub fn without_noise(mut self) -> Self {
+        self.blocks = self
+            .blocks
+            .into_iter()
+            .map(SwinBlock::without_noise)
+            .collect();
+        self
+    }
+
     /// Appends a report per Mixture-of-Experts layer to `reports`.
     ///
     /// # Shapes
@@ -59,11 +64,10 @@ impl<B: ExpertOps> Stage<B> {
     pub fn forward(
         &self,
         mut x: Tensor<B, 2>,
-        mode: Mode,
         reports: &mut Vec<MoeReport<B>>,
     ) -> Result<Tensor<B, 2>> {
         for block in &self.blocks {
-            let (y, report) = block.forward(x, mode)?;
+            let (y, report) = block.forward(x)?;
             reports.extend(report);
             x = y;
         }

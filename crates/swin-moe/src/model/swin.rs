@@ -1,6 +1,6 @@
 //! The whole model.
 
-use burn::module::Module;
+use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use hexa_moe::LoadStats;
@@ -52,13 +52,15 @@ impl<B: ExpertOps> SwinMoe<B> {
             init_std: config.init_std,
             precision: config.precision,
         };
-        Ok(Self {
+        let model = Self {
             patch_embed: PatchEmbed::new(config, device),
             layers,
             norm: LayerNorm::new(features, device),
             head: Linear::new(features, config.num_classes, head, device),
             config: config.clone(),
-        })
+        };
+        model.visit(&mut DrawAll);
+        Ok(model)
     }
 
     /// What the model was built from.
@@ -66,28 +68,24 @@ impl<B: ExpertOps> SwinMoe<B> {
         &self.config
     }
 
+    /// Switches noise, dropout and stochastic depth off for good, so that a back-end with autodiff
+    /// computes what `valid()` computes, and its gradients.
+    pub fn without_noise(mut self) -> Self {
+        self.layers = self.layers.into_iter().map(Stage::without_noise).collect();
+        self
+    }
+
+    /// Applies the model.
+    ///
     /// Noise, dropout and stochastic depth are on iff the back-end differentiates, as in Burn's
     /// own modules; evaluate with `model.valid()`.
     ///
     /// # Shapes
-    /// `images`: `[batch, channels, size, size]`, normalised
+    /// `images`: `[batch, channels, size, size]`, normalised, at least one
     ///
     /// # Errors
     /// [`ModelError::Images`] if the images are of another shape.
     pub fn forward(&self, images: Tensor<B, 4>) -> Result<SwinOutput<B>> {
-        let mode = if B::ad_enabled(&images.device()) {
-            Mode::Stochastic
-        } else {
-            Mode::Deterministic
-        };
-        self.forward_with(images, mode)
-    }
-
-    /// As [`SwinMoe::forward`], in a given mode: gradients of the deterministic model, say.
-    ///
-    /// # Errors
-    /// [`ModelError::Images`] if the images are of another shape.
-    pub fn forward_with(&self, images: Tensor<B, 4>, mode: Mode) -> Result<SwinOutput<B>> {
         self.check_images(&images)?;
         let [batch, ..] = images.dims();
         let device = images.device();
@@ -95,7 +93,7 @@ impl<B: ExpertOps> SwinMoe<B> {
         let mut reports = Vec::new();
         let mut x = self.patch_embed.forward(images)?;
         for stage in &self.layers {
-            x = stage.forward(x, mode, &mut reports)?;
+            x = stage.forward(x, &mut reports)?;
         }
         let x = self.norm.forward(x);
         let [tokens, dim] = x.dims();
@@ -133,5 +131,15 @@ impl<B: ExpertOps> SwinMoe<B> {
             size,
             remedy: "resize the images, or build the model for their size (image_size, in_chans)",
         })
+    }
+}
+
+/// Draws the parameters that are still lazy, so that the weights follow from the generator's
+/// seed at the time of building, whatever is drawn from it later.
+struct DrawAll;
+
+impl<B: Backend> ModuleVisitor<B> for DrawAll {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        param.val();
     }
 }

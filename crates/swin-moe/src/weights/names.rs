@@ -77,9 +77,23 @@ impl Names {
                     linear_layout(leaf, true),
                 )
             }
-            [block @ .., "mlp", "router" | "experts" | "shared", _] | [block @ .., "mlp", "router" | "experts" | "shared", _, _] => {
-                let (tail, layout) = moe_tail(&segments[block.len() + 1..]);
-                (format!("{}.mlp.{MOE_LAYER}.{tail}", block.join(".")), layout)
+            [block @ .., "mlp", "router", "scorer", leaf] => {
+                let (leaf, layout) = match *leaf {
+                    "weight" => ("wg.weight", Layout::Transposed),
+                    other => (other, Layout::Same),
+                };
+                (gate_name(block, leaf), layout)
+            }
+            [block @ .., "mlp", "router", "scorer", module, leaf] => (
+                gate_name(block, &format!("{module}.{leaf}")),
+                linear_layout(leaf, true),
+            ),
+            [block @ .., "mlp", part @ ("experts" | "shared"), leaf] => {
+                let (leaf, layout) = experts_name(leaf);
+                (
+                    format!("{}.mlp.{MOE_LAYER}.{part}.{leaf}", block.join(".")),
+                    layout,
+                )
             }
             [.., module, leaf] => (
                 segments.join("."),
@@ -99,23 +113,27 @@ fn linear_layout(leaf: &str, is_linear: bool) -> Layout {
     }
 }
 
-/// Names inside the Mixture-of-Experts layer. What the published layer does not have (shared
-/// experts, say) keeps our name.
-fn moe_tail(tail: &[&str]) -> (String, Layout) {
-    let (name, layout) = match tail {
-        _ => return (tail.join("."), Layout::Same),
-    };
-    #[allow(unreachable_code)]
-    (name, layout)
+/// The published router is a list of one gate.
+fn gate_name(block: &[&str], tail: &str) -> String {
+    format!("{}.mlp.{MOE_LAYER}.gates.0.{tail}", block.join("."))
+}
+
+/// The published layer has no shared experts; theirs are named like the routed ones.
+fn experts_name(leaf: &str) -> (&str, Layout) {
+    match leaf {
+        "w1" => ("batched_fc1_w", Layout::Transposed),
+        "b1" => ("batched_fc1_bias", Layout::Same),
+        "w2" => ("batched_fc2_w", Layout::Same),
+        "b2" => ("batched_fc2_bias", Layout::Same),
+        _ => (leaf, Layout::Same),
+    }
 }
 
 impl Layout {
     /// Our shape in the published layout.
     pub fn published_shape(&self, ours: &[usize]) -> Vec<usize> {
         match (*self, ours) {
-            (Layout::Transposed, [batch @ .., rows, cols]) => {
-                [batch, &[*cols, *rows]].concat()
-            }
+            (Layout::Transposed, [batch @ .., rows, cols]) => [batch, &[*cols, *rows]].concat(),
             (Layout::Convolution { chans, patch }, [_, out]) => vec![*out, chans, patch, patch],
             _ => ours.to_vec(),
         }

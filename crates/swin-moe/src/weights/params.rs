@@ -174,11 +174,21 @@ fn insert<B: Backend, const D: usize>(
 }
 
 /// A tensor's values as f32.
-pub(crate) fn read_floats<B: Backend, const D: usize>(
-    tensor: &Tensor<B, D>,
-) -> Result<Vec<f32>, String> {
+fn read_floats<B: Backend, const D: usize>(tensor: &Tensor<B, D>) -> Result<Vec<f32>, String> {
     let data: TensorData = tensor.clone().try_into_data().map_err(|e| e.to_string())?;
     data.convert::<f32>()
         .into_vec::<f32>()
         .map_err(|e| format!("{e:?}"))
+}
+
+/// A tensor's values, on the host.
+pub(crate) fn read_device<B: Backend, const D: usize>(
+    name: &str,
+    tensor: &Tensor<B, D>,
+) -> Result<HostTensor, WeightsError> {
+    let values = read_floats(tensor).map_err(|reason| WeightsError::Device {
+        name: name.to_string(),
+        reason,
+    })?;
+    Ok(HostTensor::float(tensor.dims(), values))
 }

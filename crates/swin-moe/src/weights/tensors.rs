@@ -189,8 +189,7 @@ pub fn write_safetensors(path: &Path, tensors: &TensorMap) -> Result<(), Weights
         })
         .collect::<Result<Vec<_>, _>>()
         .map_err(|e| WeightsError::format(path, e))?;
-    let bytes =
-        safetensors::serialize(views, None).map_err(|e| WeightsError::format(path, e))?;
+    let bytes = safetensors::serialize(views, None).map_err(|e| WeightsError::format(path, e))?;
     write_atomically(path, &bytes).map_err(WeightsError::io(path))
 }
 

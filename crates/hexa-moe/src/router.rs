@@ -37,6 +37,10 @@ pub struct Router<B: Backend> {
 
 /// The learned part of the router.
 #[derive(Module, Debug)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "there is one per layer, and a Box is not a Module"
+)]
 pub enum Scorer<B: Backend> {
     /// `logits = x · W`.
     Linear(Linear<B>),

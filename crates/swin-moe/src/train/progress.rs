@@ -1,0 +1,91 @@
+//! What a person sees while a run goes: a bar on a terminal, plain lines otherwise.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::metrics::{EvalRecord, StepRecord};
+
+/// Reports to the person who started the run.
+#[derive(Debug)]
+pub struct Progress {
+    bar: Option<ProgressBar>,
+    total_steps: u64,
+    epochs: u64,
+}
+
+impl Progress {
+    /// A bar of `total_steps` if standard error is a terminal.
+    pub fn new(step: u64, total_steps: u64, epochs: u64) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(total_steps).with_position(step);
+            let template = "{bar:32.cyan/dim} {pos}/{len} steps  {eta_precise} left  {msg}";
+            if let Ok(style) = ProgressStyle::with_template(template) {
+                bar.set_style(style.progress_chars("━━╌"));
+            }
+            bar.enable_steady_tick(Duration::from_millis(250));
+            bar
+        });
+        Progress {
+            bar,
+            total_steps,
+            epochs,
+        }
+    }
+
+    /// No report at all, for library users and tests.
+    pub fn silent() -> Self {
+        Progress {
+            bar: Some(ProgressBar::hidden()),
+            total_steps: 0,
+            epochs: 0,
+        }
+    }
+
+    /// A step is done.
+    pub fn advance(&self, step: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_position(step);
+        }
+    }
+
+    /// A step was logged.
+    pub fn step(&self, record: &StepRecord) {
+        let message = format!(
+            "epoch {}/{}  loss {:.4}  lr {:.2e}  {:.0} images/s",
+            record.epoch, self.epochs, record.loss, record.lr, record.images_per_s
+        );
+        match &self.bar {
+            Some(bar) => bar.set_message(message),
+            None => eprintln!("step {}/{}  {message}", record.step, self.total_steps),
+        }
+    }
+
+    /// An evaluation is done.
+    pub fn eval(&self, record: &EvalRecord) {
+        self.say(&format!(
+            "epoch {}/{}  train loss {:.4}  test loss {:.4}  top-1 {:.2} %  top-5 {:.2} %",
+            record.epoch, self.epochs, record.train_ce_loss, record.loss, record.top1, record.top5
+        ));
+    }
+
+    /// A line that stays.
+    pub fn say(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| {
+                if !bar.is_hidden() {
+                    eprintln!("{line}");
+                }
+            }),
+            None => eprintln!("{line}"),
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{Result, TrainError};
 use super::params::{HostTensor, HostTensors};
+use crate::backend::BackendKind;
 
 /// Version of the layout described here.
 const FORMAT: u32 = 1;
@@ -25,6 +26,8 @@ const REMEDY_DAMAGED: &str =
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunState {
+    /// The run's name.
+    pub name: String,
     /// Optimizer steps done.
     pub step: u64,
     /// The epoch that the next batch belongs to, from zero.
@@ -40,7 +43,7 @@ pub struct RunState {
     /// Length of `metrics.jsonl` when the checkpoint was written, in bytes.
     pub metrics_bytes: u64,
     /// The back-end that the run used.
-    pub backend: String,
+    pub backend: BackendKind,
     /// The run's seed.
     pub seed: u64,
     /// The resolved configuration, as TOML.
@@ -297,6 +300,7 @@ mod tests {
         ]);
         let optimizer = HostTensors::from([("m.scale".to_owned(), tensor(&[1], 2.0))]);
         let state = RunState {
+            name: "digits".to_owned(),
             step: 41,
             epoch: 3,
             batch: 5,
@@ -304,7 +308,7 @@ mod tests {
             aux_sum_bits: 0.25f32.to_bits(),
             best_top1: Some(97.25),
             metrics_bytes: 1234,
-            backend: "cpu".to_owned(),
+            backend: BackendKind::Wgpu,
             seed: 7,
             config: "[train]\nlr = 0.001\n".to_owned(),
             class_names: vec!["zero".to_owned(), "eins \u{00e4}".to_owned()],

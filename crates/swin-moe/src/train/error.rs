@@ -75,6 +75,18 @@ pub enum TrainError {
     /// A command was asked for something that the run or the data cannot give.
     #[error("{0}")]
     Request(String),
+    /// The configuration was refused.
+    #[error(transparent)]
+    Config(#[from] crate::config::ConfigError),
+    /// Images cannot be read.
+    #[error(transparent)]
+    Data(#[from] crate::data::DataError),
+    /// The model refused its configuration or input.
+    #[error(transparent)]
+    Model(#[from] crate::model::ModelError),
+    /// A Mixture-of-Experts layer's load cannot be read.
+    #[error(transparent)]
+    Load(#[from] hexa_moe::MoeError),
     /// The chosen back-end is not available.
     #[error(transparent)]
     Backend(#[from] crate::backend::BackendError),

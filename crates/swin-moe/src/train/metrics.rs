@@ -52,6 +52,16 @@ pub struct LayerLoad {
     pub tile_waste: f64,
 }
 
+impl From<hexa_moe::LoadReport> for LayerLoad {
+    fn from(report: hexa_moe::LoadReport) -> Self {
+        LayerLoad {
+            entropy: report.load_entropy,
+            tile_waste: report.tile_waste,
+            tokens_per_expert: report.tokens_per_expert,
+        }
+    }
+}
+
 impl LayerLoad {
     /// Each expert's share of the slots.
     pub fn shares(&self) -> Vec<f64> {

@@ -7,9 +7,20 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::metrics::{EvalRecord, StepRecord};
 
+/// What to print while a run goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Verbosity {
+    /// Nothing.
+    #[default]
+    Silent,
+    /// A bar on a terminal, plain lines otherwise.
+    Normal,
+}
+
 /// Reports to the person who started the run.
 #[derive(Debug)]
 pub struct Progress {
+    verbosity: Verbosity,
     bar: Option<ProgressBar>,
     total_steps: u64,
     epochs: u64,
@@ -17,8 +28,9 @@ pub struct Progress {
 
 impl Progress {
     /// A bar of `total_steps` if standard error is a terminal.
-    pub fn new(step: u64, total_steps: u64, epochs: u64) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
+    pub fn new(verbosity: Verbosity, step: u64, total_steps: u64, epochs: u64) -> Self {
+        let wants_bar = verbosity == Verbosity::Normal && std::io::stderr().is_terminal();
+        let bar = wants_bar.then(|| {
             let bar = ProgressBar::new(total_steps).with_position(step);
             let template = "{bar:32.cyan/dim} {pos}/{len} steps  {eta_precise} left  {msg}";
             if let Ok(style) = ProgressStyle::with_template(template) {
@@ -28,18 +40,10 @@ impl Progress {
             bar
         });
         Progress {
+            verbosity,
             bar,
             total_steps,
             epochs,
-        }
-    }
-
-    /// No report at all, for library users and tests.
-    pub fn silent() -> Self {
-        Progress {
-            bar: Some(ProgressBar::hidden()),
-            total_steps: 0,
-            epochs: 0,
         }
     }
 
@@ -58,7 +62,7 @@ impl Progress {
         );
         match &self.bar {
             Some(bar) => bar.set_message(message),
-            None => eprintln!("step {}/{}  {message}", record.step, self.total_steps),
+            None => self.say(&format!("step {}/{}  {message}", record.step, self.total_steps)),
         }
     }
 
@@ -73,12 +77,9 @@ impl Progress {
     /// A line that stays.
     pub fn say(&self, line: &str) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| {
-                if !bar.is_hidden() {
-                    eprintln!("{line}");
-                }
-            }),
-            None => eprintln!("{line}"),
+            Some(bar) => bar.suspend(|| eprintln!("{line}")),
+            None if self.verbosity == Verbosity::Normal => eprintln!("{line}"),
+            None => {}
         }
     }
 

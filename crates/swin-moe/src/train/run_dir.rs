@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use super::checkpoint::Checkpoint;
 use super::error::{Result, TrainError};
 
 /// The directory of a run.
@@ -104,6 +105,48 @@ impl RunDir {
     pub fn best_or_last(&self) -> PathBuf {
         let best = self.best();
         if best.is_file() { best } else { self.last() }
+    }
+
+    /// Replaces the last checkpoint; `keep` of the latest stay, older ones as `step-N`.
+    ///
+    /// # Errors
+    /// [`TrainError::Io`] if it cannot be written; the earlier one then stands.
+    pub fn save_last(&self, checkpoint: &Checkpoint, keep: usize) -> Result<()> {
+        let last = self.last();
+        if keep < 2 {
+            return checkpoint.save(&last);
+        }
+        // The copy first: at no moment is there no checkpoint to resume from.
+        let numbered = self.numbered(checkpoint.state.step);
+        checkpoint.save(&numbered)?;
+        checkpoint.save(&last)?;
+        self.drop_older(keep)
+    }
+
+    fn numbered(&self, step: u64) -> PathBuf {
+        self.checkpoints().join(format!("step-{step:010}.safetensors"))
+    }
+
+    /// Removes all numbered checkpoints but the `keep` latest.
+    fn drop_older(&self, keep: usize) -> Result<()> {
+        let directory = self.checkpoints();
+        let entries =
+            fs::read_dir(&directory).map_err(TrainError::io("read the directory", &directory))?;
+        let mut numbered: Vec<PathBuf> = entries
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|path| {
+                path.file_name()
+                    .and_then(|name| name.to_str())
+                    .is_some_and(|name| name.starts_with("step-"))
+            })
+            .collect();
+        // Steps are padded with zeros: names sort as steps do.
+        numbered.sort();
+        let surplus = numbered.len().saturating_sub(keep);
+        for path in &numbered[..surplus] {
+            fs::remove_file(path).map_err(TrainError::io("remove", path))?;
+        }
+        Ok(())
     }
 
     fn checkpoints(&self) -> PathBuf {

@@ -1,4 +1,9 @@
-//! Swin Transformer with Mixture-of-Experts layers: model, data and training.
+//! Swin Transformer with Mixture-of-Experts layers: configuration, data, model and training.
 
 pub mod backend;
+pub mod config;
+pub mod data;
+pub mod model;
+mod settings;
 pub mod train;
+pub mod weights;

@@ -109,7 +109,12 @@ impl RawModel {
         within("model.num_classes", self.num_classes, 0..=1 << 20, classes)?;
         let width = "the published models have 96 and 128";
         within("model.embed_dim", self.embed_dim, 1..=8192, width)?;
-        positive("model.mlp_ratio", self.mlp_ratio, 64.0, "the published models have 4.0")?;
+        positive(
+            "model.mlp_ratio",
+            self.mlp_ratio,
+            64.0,
+            "the published models have 4.0",
+        )?;
         let drop = "give the probability that the last block is skipped, such as 0.2";
         probability("model.drop_path_rate", self.drop_path_rate, drop)?;
         if !self.image_size.is_multiple_of(self.patch_size) {
@@ -173,7 +178,12 @@ impl RawModel {
 
     fn check_stage(&self, stage: usize) -> Result<()> {
         let depth_key = format!("model.depths[{stage}]");
-        within(&depth_key, self.depths[stage], 1..=256, "a stage has blocks")?;
+        within(
+            &depth_key,
+            self.depths[stage],
+            1..=256,
+            "a stage has blocks",
+        )?;
         let heads_key = format!("model.num_heads[{stage}]");
         let heads = self.num_heads[stage];
         let dim = self.embed_dim << stage;
@@ -239,11 +249,31 @@ impl RawMoe {
             ));
         }
         let cosine = "the published routers have 256 and 0.5";
-        within("moe.cosine_router_dim", self.cosine_router_dim, 1..=65536, cosine)?;
-        within("moe.cosine_router_init_t", self.cosine_router_init_t, 0.01..=100.0, cosine)?;
-        within("moe.gate_noise", self.gate_noise, 0.0..=100.0, "the published models have 1.0")?;
+        within(
+            "moe.cosine_router_dim",
+            self.cosine_router_dim,
+            1..=65536,
+            cosine,
+        )?;
+        within(
+            "moe.cosine_router_init_t",
+            self.cosine_router_init_t,
+            0.01..=100.0,
+            cosine,
+        )?;
+        within(
+            "moe.gate_noise",
+            self.gate_noise,
+            0.0..=100.0,
+            "the published models have 1.0",
+        )?;
         let weight = "weights are small beside the cross entropy's 1, such as 0.01";
-        within("moe.aux_loss_weight", self.aux_loss_weight, 0.0..=100.0, weight)?;
+        within(
+            "moe.aux_loss_weight",
+            self.aux_loss_weight,
+            0.0..=100.0,
+            weight,
+        )?;
         within("moe.z_loss_weight", self.z_loss_weight, 0.0..=100.0, weight)?;
         let drop = "give the probability that a hidden value is zeroed, such as 0.1";
         probability("moe.dropout", self.dropout, drop)?;
@@ -332,7 +362,12 @@ fn check_stage_blocks(stage: usize, blocks: &[i64], depth: usize) -> Result<Vec<
     checked.sort_unstable();
     if let Some(pair) = checked.windows(2).find(|pair| pair[0] == pair[1]) {
         let got = format!("listing {} twice", pair[0]);
-        return Err(ConfigError::value(&key, got, "each index once", "remove one of the two"));
+        return Err(ConfigError::value(
+            &key,
+            got,
+            "each index once",
+            "remove one of the two",
+        ));
     }
     Ok(checked)
 }
@@ -366,13 +401,28 @@ fn check_parameters(model: &ModelConfig, moe: &MoeSettings) -> Result<()> {
 
 impl RawTrain {
     fn validate(&self, model: &ModelConfig) -> Result<TrainConfig> {
-        within("train.epochs", self.epochs, 1..=1_000_000, "train for at least one epoch")?;
+        within(
+            "train.epochs",
+            self.epochs,
+            1..=1_000_000,
+            "train for at least one epoch",
+        )?;
         let warmup = "the warm-up is a part of the epochs (train.epochs)";
-        within("train.warmup_epochs", self.warmup_epochs, 0..=self.epochs, warmup)?;
+        within(
+            "train.warmup_epochs",
+            self.warmup_epochs,
+            0..=self.epochs,
+            warmup,
+        )?;
         check_batch("train.batch_size", self.batch_size, model)?;
         check_batch("train.eval_batch_size", self.eval_batch_size, model)?;
         self.check_rates()?;
-        within("train.weight_decay", self.weight_decay, 0.0..=10.0, "0.05 and 0.1 are usual")?;
+        within(
+            "train.weight_decay",
+            self.weight_decay,
+            0.0..=10.0,
+            "0.05 and 0.1 are usual",
+        )?;
         let clip = "give the largest norm, such as 5.0, or 0 not to clip";
         within("train.clip_grad", self.clip_grad, 0.0..=1e6, clip)?;
         for (index, &beta) in self.betas.iter().enumerate() {
@@ -384,7 +434,12 @@ impl RawTrain {
         probability("train.label_smoothing", self.label_smoothing, smoothing)?;
         let every = "give a number of steps or epochs, 1 or more";
         within("train.log_every", self.log_every, 1..=1_000_000_000, every)?;
-        within("train.eval_every_epochs", self.eval_every_epochs, 1..=1_000_000, every)?;
+        within(
+            "train.eval_every_epochs",
+            self.eval_every_epochs,
+            1..=1_000_000,
+            every,
+        )?;
         let seed = "TOML's integers have 63 bits";
         within("train.seed", self.seed, 0..=i64::MAX as u64, seed)?;
         Ok(TrainConfig {
@@ -415,7 +470,12 @@ impl RawTrain {
         within("train.warmup_lr", self.warmup_lr, 0.0..=self.lr, ends)?;
         within("train.min_lr", self.min_lr, 0.0..=self.lr, ends)?;
         let scale = "give the batch size that the rates are meant for, or 0 not to scale";
-        within("train.lr_scale_batch", self.lr_scale_batch, 0..=1 << 24, scale)?;
+        within(
+            "train.lr_scale_batch",
+            self.lr_scale_batch,
+            0..=1 << 24,
+            scale,
+        )?;
         Ok(())
     }
 }
@@ -436,7 +496,12 @@ impl RawPrecision {
 }
 
 fn check_batch(key: &str, batch: usize, model: &ModelConfig) -> Result<()> {
-    within(key, batch, 1..=1 << 16, "give a number of images, such as 64")?;
+    within(
+        key,
+        batch,
+        1..=1 << 16,
+        "give a number of images, such as 64",
+    )?;
     let values = batch as u128 * (model.in_chans * model.image_size * model.image_size) as u128;
     if values <= MAX_BATCH_VALUES {
         return Ok(());
@@ -453,7 +518,12 @@ impl RawAugment {
     fn validate(&self, model: &ModelConfig) -> Result<AugmentConfig> {
         let padding = "4 is usual for 32 pixels; 0 does not crop; at most model.image_size";
         let range = 0..=model.image_size;
-        within("augment.random_crop_padding", self.random_crop_padding, range, padding)?;
+        within(
+            "augment.random_crop_padding",
+            self.random_crop_padding,
+            range,
+            padding,
+        )?;
         if self.random_resized_crop && self.random_crop_padding > 0 {
             return Err(ConfigError::value(
                 "augment.random_crop_padding",
@@ -510,7 +580,12 @@ impl RawData {
         let workers = "give a number of threads, or 0 for one for each core";
         within("data.workers", self.workers, 0..=1024, workers)?;
         let bytes = "TOML's integers have 63 bits";
-        within("data.cache_bytes", self.cache_bytes, 0..=i64::MAX as u64, bytes)?;
+        within(
+            "data.cache_bytes",
+            self.cache_bytes,
+            0..=i64::MAX as u64,
+            bytes,
+        )?;
         let corrupt = "give the number of unreadable images to put up with";
         within("data.max_corrupt", self.max_corrupt, 0..=1 << 30, corrupt)?;
         Ok(DataConfig {
@@ -529,7 +604,12 @@ impl RawData {
 impl RawCheckpoint {
     fn validate(&self) -> Result<CheckpointConfig> {
         let every = "give a number of steps, or 0 to save at the end of each epoch only";
-        within("checkpoint.every_steps", self.every_steps, 0..=1_000_000_000, every)?;
+        within(
+            "checkpoint.every_steps",
+            self.every_steps,
+            0..=1_000_000_000,
+            every,
+        )?;
         let keep = "resuming needs the last checkpoint";
         within("checkpoint.keep_last", self.keep_last, 1..=1_000_000, keep)?;
         Ok(CheckpointConfig {

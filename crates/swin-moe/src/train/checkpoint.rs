@@ -102,7 +102,11 @@ impl Checkpoint {
     fn to_bytes(&self) -> std::result::Result<Vec<u8>, String> {
         let mut named: Vec<(String, &HostTensor)> = Vec::new();
         named.extend(self.model.iter().map(|(n, t)| (format!("model.{n}"), t)));
-        named.extend(self.optimizer.iter().map(|(n, t)| (format!("optimizer.{n}"), t)));
+        named.extend(
+            self.optimizer
+                .iter()
+                .map(|(n, t)| (format!("optimizer.{n}"), t)),
+        );
 
         let mut views = Vec::with_capacity(named.len());
         for (name, tensor) in &named {
@@ -122,8 +126,7 @@ impl Checkpoint {
 
     fn from_bytes(bytes: &[u8]) -> std::result::Result<Self, String> {
         let file = SafeTensors::deserialize(bytes).map_err(|error| describe(&error))?;
-        let (_, metadata) =
-            SafeTensors::read_metadata(bytes).map_err(|error| describe(&error))?;
+        let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| describe(&error))?;
         let header = metadata
             .metadata()
             .as_ref()
@@ -171,7 +174,10 @@ fn describe(error: &safetensors::SafeTensorError) -> String {
 
 fn host_tensor(name: &str, view: &TensorView) -> std::result::Result<HostTensor, String> {
     if view.dtype() != Dtype::F32 {
-        return Err(format!("tensor {name} is {:?}, allowed is F32", view.dtype()));
+        return Err(format!(
+            "tensor {name} is {:?}, allowed is F32",
+            view.dtype()
+        ));
     }
     let values = view
         .data()
@@ -194,10 +200,7 @@ fn as_bytes(values: &[f32]) -> &[u8] {
 ///
 /// Each round is a bijection of the running value, so that two files that differ in one place
 /// never agree.
-fn checksum(
-    state: &RunState,
-    views: &[(String, TensorView)],
-) -> std::result::Result<u64, String> {
+fn checksum(state: &RunState, views: &[(String, TensorView)]) -> std::result::Result<u64, String> {
     let mut sorted: Vec<&(String, TensorView)> = views.iter().collect();
     sorted.sort_by(|a, b| a.0.cmp(&b.0));
     let state = serde_json::to_vec(state).map_err(|error| error.to_string())?;
@@ -353,7 +356,10 @@ mod tests {
     fn every_truncation_and_extension_is_refused() {
         let bytes = sample().to_bytes().unwrap();
         for length in 0..bytes.len() {
-            assert!(Checkpoint::from_bytes(&bytes[..length]).is_err(), "{length}");
+            assert!(
+                Checkpoint::from_bytes(&bytes[..length]).is_err(),
+                "{length}"
+            );
         }
         let longer = [bytes, vec![0; 3]].concat();
         assert!(Checkpoint::from_bytes(&longer).is_err());

@@ -4,6 +4,7 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData};
 
 use super::error::{Result, TrainError};
+use super::params::{HostTensor, read_tensor};
 use crate::data::Batch;
 
 /// Copies a batch to the device: images `[batch, channels, height, width]`, labels `[batch]`.
@@ -20,18 +21,24 @@ pub(super) fn upload<B: Backend>(
     )
 }
 
+/// Copies a tensor to the host; `what` names it in messages. This waits for the device.
+pub(super) fn read<B: Backend, const D: usize>(
+    tensor: Tensor<B, D>,
+    what: &str,
+) -> Result<HostTensor> {
+    read_tensor(tensor).map_err(|reason| TrainError::Device {
+        when: format!("while {what} were read"),
+        reason,
+    })
+}
+
 /// Reads a tensor of one element; this waits for the device.
 pub(super) fn scalar<B: Backend>(tensor: Tensor<B, 1>) -> Result<f32> {
-    let failed = |reason: String| TrainError::Device {
-        when: "while a loss was read".to_owned(),
-        reason,
-    };
-    let data = tensor
-        .try_into_data()
-        .map_err(|error| failed(error.to_string()))?;
-    data.iter::<f32>()
-        .next()
-        .ok_or_else(|| failed("it gave no value".to_owned()))
+    let values = read(tensor, "losses")?.values;
+    values.first().copied().ok_or_else(|| TrainError::Device {
+        when: "while losses were read".to_owned(),
+        reason: "it gave no value".to_owned(),
+    })
 }
 
 /// Waits for the device and asks whether anything failed since the last time.

@@ -81,6 +81,9 @@ pub enum TrainError {
     /// Images cannot be read.
     #[error(transparent)]
     Data(#[from] crate::data::DataError),
+    /// Published weights cannot be read, written or applied.
+    #[error(transparent)]
+    Weights(#[from] crate::weights::WeightsError),
     /// The model refused its configuration or input.
     #[error(transparent)]
     Model(#[from] crate::model::ModelError),
@@ -93,6 +96,14 @@ pub enum TrainError {
 }
 
 impl TrainError {
+    /// For `map_err` on reads from a device.
+    pub(crate) fn device(when: &'static str) -> impl FnOnce(String) -> TrainError {
+        move |reason| TrainError::Device {
+            when: when.to_owned(),
+            reason,
+        }
+    }
+
     /// For `map_err` on file system calls.
     pub(crate) fn io(
         action: &'static str,

@@ -2,11 +2,10 @@
 
 use hexa_ops::ExpertOps;
 
-use super::device::upload;
-use super::error::{Result, TrainError};
-use super::params::read_tensor;
+use super::device::{read, upload};
+use super::error::Result;
+use super::images::TestImages;
 use super::tally::{LoadTally, Tally};
-use crate::data::Dataset;
 use crate::model::SwinMoe;
 
 /// Sums over the test set.
@@ -21,23 +20,20 @@ pub struct Evaluation {
 /// Runs the model over all test images, the last partial batch included.
 ///
 /// # Errors
-/// [`TrainError`] if images cannot be read or the device fails.
+/// [`super::TrainError`] if images cannot be read or the device fails.
 pub fn evaluate<B: ExpertOps>(
     model: &SwinMoe<B>,
-    data: &Dataset,
+    images: &TestImages,
     batch_size: usize,
     device: &B::Device,
 ) -> Result<Evaluation> {
     let mut evaluation = Evaluation::default();
-    for batch in data.test_batches(batch_size)? {
+    for batch in images.batches(batch_size)? {
         let batch = batch?;
         let labels: Vec<usize> = batch.labels.iter().map(|&label| label as usize).collect();
         let (images, _) = upload::<B>(batch, device);
         let output = model.forward(images)?;
-        let logits = read_tensor(output.logits).map_err(|reason| TrainError::Device {
-            when: "while scores were read".to_owned(),
-            reason,
-        })?;
+        let logits = read(output.logits, "scores")?;
         evaluation.tally.add(&logits.values, &labels);
         let reports = output
             .loads

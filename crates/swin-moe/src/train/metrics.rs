@@ -251,7 +251,11 @@ mod tests {
         let length = writer.sync().unwrap();
         writer.append(&step(2)).unwrap();
         drop(writer);
-        fs::write(&path, [fs::read(&path).unwrap(), b"{\"kind\":".to_vec()].concat()).unwrap();
+        fs::write(
+            &path,
+            [fs::read(&path).unwrap(), b"{\"kind\":".to_vec()].concat(),
+        )
+        .unwrap();
         assert_eq!(read_records(&path).unwrap(), [step(1), step(2)]);
 
         let mut writer = MetricsWriter::resume(&path, length).unwrap();

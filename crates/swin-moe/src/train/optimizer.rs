@@ -13,8 +13,9 @@ use burn::tensor::Tensor;
 use burn::tensor::backend::AutodiffBackend;
 
 use self::bucket::{Bucket, Layout};
+use super::device::read;
 use super::error::{Result, TrainError};
-use super::params::{HostTensor, HostTensors, ModulePath, read_tensor};
+use super::params::{HostTensor, HostTensors, ModulePath};
 
 /// Constants of AdamW (arXiv:1711.05101) and of gradient clipping.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -132,10 +133,7 @@ impl<B: AutodiffBackend> AdamW<B> {
             ("second", Bucket::second),
         ] {
             for (bucket_index, bucket) in self.buckets.iter().enumerate() {
-                let flat = read_tensor(pick(bucket)).map_err(|reason| TrainError::Device {
-                    when: "while the optimizer's state was read".to_owned(),
-                    reason,
-                })?;
+                let flat = read(pick(bucket), "the optimizer's moments")?;
                 for slot in self.layout.slots_of(bucket_index) {
                     let values = flat.values[slot.offset..slot.offset + slot.len()].to_vec();
                     let shape = slot.shape.clone();
@@ -162,7 +160,9 @@ impl<B: AutodiffBackend> AdamW<B> {
     /// # Errors
     /// In words, what is missing or of another shape.
     pub fn load_state(&mut self, mut tensors: HostTensors) -> std::result::Result<(), String> {
-        let steps = tensors.remove("steps").ok_or("the optimizer's steps are missing")?;
+        let steps = tensors
+            .remove("steps")
+            .ok_or("the optimizer's steps are missing")?;
         let &[high, low] = steps.values.as_slice() else {
             return Err("the optimizer's steps have another shape".to_owned());
         };
@@ -172,7 +172,9 @@ impl<B: AutodiffBackend> AdamW<B> {
             bucket.set_moments(first, second);
         }
         if let Some(name) = tensors.keys().next() {
-            return Err(format!("the optimizer's tensor {name} belongs to no parameter"));
+            return Err(format!(
+                "the optimizer's tensor {name} belongs to no parameter"
+            ));
         }
         self.steps = ((high as u64) << 24) | low as u64;
         Ok(())
@@ -181,7 +183,10 @@ impl<B: AutodiffBackend> AdamW<B> {
 
 /// `√ Σ g²` over all buckets; their padding is zero. Buckets are summed in order.
 fn global_norm<B: burn::tensor::backend::Backend>(grads: &[Tensor<B, 1>]) -> Tensor<B, 1> {
-    let squares = grads.iter().map(|grad| grad.clone().square().sum()).collect();
+    let squares = grads
+        .iter()
+        .map(|grad| grad.clone().square().sum())
+        .collect();
     Tensor::cat(squares, 0).sum().sqrt()
 }
 

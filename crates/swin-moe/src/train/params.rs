@@ -124,7 +124,10 @@ pub fn write_params<B: Backend, M: Module<B>>(
     if faults.is_empty() {
         Ok(module)
     } else {
-        Err(format!("tensors do not fit the model ({})", faults.join("; ")))
+        Err(format!(
+            "tensors do not fit the model ({})",
+            faults.join("; ")
+        ))
     }
 }
 

@@ -62,7 +62,10 @@ impl Progress {
         );
         match &self.bar {
             Some(bar) => bar.set_message(message),
-            None => self.say(&format!("step {}/{}  {message}", record.step, self.total_steps)),
+            None => self.say(&format!(
+                "step {}/{}  {message}",
+                record.step, self.total_steps
+            )),
         }
     }
 

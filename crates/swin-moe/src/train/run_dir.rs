@@ -124,7 +124,8 @@ impl RunDir {
     }
 
     fn numbered(&self, step: u64) -> PathBuf {
-        self.checkpoints().join(format!("step-{step:010}.safetensors"))
+        self.checkpoints()
+            .join(format!("step-{step:010}.safetensors"))
     }
 
     /// Removes all numbered checkpoints but the `keep` latest.

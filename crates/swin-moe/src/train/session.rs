@@ -10,6 +10,7 @@ use super::checkpoint::{Checkpoint, RunState};
 use super::device::{self, scalar};
 use super::error::{Result, TrainError};
 use super::evaluate::evaluate;
+use super::images::Images;
 use super::loss::cross_entropy;
 use super::metrics::{EvalRecord, LayerLoad, MetricsWriter, Record, StepRecord};
 use super::optimizer::AdamW;
@@ -22,7 +23,7 @@ use super::run_dir::RunDir;
 use super::schedule::Schedule;
 use crate::backend::BackendKind;
 use crate::config::Config;
-use crate::data::{Batch, Dataset};
+use crate::data::Batch;
 use crate::model::SwinMoe;
 
 /// A run in progress on one device.
@@ -30,7 +31,7 @@ pub(super) struct Session<'a, B: TrainingBackend> {
     pub device: &'a B::Device,
     pub backend: BackendKind,
     pub config: Config,
-    pub data: Dataset,
+    pub images: Images,
     pub model: SwinMoe<B>,
     pub optimizer: AdamW<B>,
     pub schedule: Schedule,
@@ -117,7 +118,7 @@ impl<B: TrainingBackend> Session<'_, B> {
         let train = &self.config.train;
         let log_every = train.log_every.max(1) as u64;
         let save_every = self.config.checkpoint.every_steps.map(|steps| steps as u64);
-        let batches = self.data.train_batches(
+        let batches = self.images.train.batches(
             train.batch_size,
             train.seed,
             self.place.epoch,
@@ -148,7 +149,11 @@ impl<B: TrainingBackend> Session<'_, B> {
     fn reason_to_stop(&self) -> Option<End> {
         if self.control.stop.is_raised() {
             Some(End::Interrupted)
-        } else if self.control.max_steps.is_some_and(|max| self.place.step >= max) {
+        } else if self
+            .control
+            .max_steps
+            .is_some_and(|max| self.place.step >= max)
+        {
             Some(End::MaxSteps)
         } else {
             None
@@ -162,6 +167,7 @@ impl<B: TrainingBackend> Session<'_, B> {
             self.device,
             step_seed(self.config.train.seed, self.place.step),
         );
+        let position = batch.position as u64;
         let (images, labels) = device::upload::<B>(batch, self.device);
         let output = self.model.forward(images)?;
         let ce_loss = cross_entropy(output.logits, labels, self.config.train.label_smoothing);
@@ -174,7 +180,7 @@ impl<B: TrainingBackend> Session<'_, B> {
         place.ce_sum = place.ce_sum.clone() + ce_loss.clone();
         place.aux_sum = place.aux_sum.clone() + aux_loss.clone();
         place.step += 1;
-        place.batch += 1;
+        place.batch = position + 1;
         Ok(StepTrace {
             ce_loss,
             aux_loss,
@@ -254,7 +260,8 @@ impl<B: TrainingBackend> Session<'_, B> {
         if improved {
             checkpoint.save(&self.run.best())?;
         }
-        self.run.save_last(&checkpoint, self.config.checkpoint.keep_last)?;
+        self.run
+            .save_last(&checkpoint, self.config.checkpoint.keep_last)?;
         report::write(&self.run, &self.facts)
     }
 
@@ -263,7 +270,7 @@ impl<B: TrainingBackend> Session<'_, B> {
         let batches = self.place.batch.max(1) as f32;
         let result = evaluate(
             &self.model.valid(),
-            &self.data,
+            &self.images.test,
             self.config.train.eval_batch_size,
             self.device,
         )?;
@@ -286,17 +293,16 @@ impl<B: TrainingBackend> Session<'_, B> {
 
     fn save_last(&mut self) -> Result<()> {
         let checkpoint = self.checkpoint()?;
-        self.run.save_last(&checkpoint, self.config.checkpoint.keep_last)
+        self.run
+            .save_last(&checkpoint, self.config.checkpoint.keep_last)
     }
 
     /// The run as it stands, on the host; an error rather than a checkpoint that is no number.
     fn checkpoint(&mut self) -> Result<Checkpoint> {
         let lr = self.schedule.lr_at(self.place.step);
         let (ce_sum, aux_sum) = self.check_sums(lr)?;
-        let model = read_params(&self.model).map_err(|reason| TrainError::Device {
-            when: "while the model was read".to_owned(),
-            reason,
-        })?;
+        let model =
+            read_params(&self.model).map_err(TrainError::device("while the model was read"))?;
         for tensor in model.values() {
             if let Some(bad) = tensor.values.iter().find(|value| !value.is_finite()) {
                 self.check_finite(*bad, lr)?;
@@ -315,7 +321,7 @@ impl<B: TrainingBackend> Session<'_, B> {
             backend: self.backend,
             seed: self.config.train.seed,
             config: self.config.to_toml(),
-            class_names: self.data.class_names().to_vec(),
+            class_names: self.images.class_names().to_vec(),
         };
         Ok(Checkpoint {
             state,

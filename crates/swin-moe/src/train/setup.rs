@@ -1,15 +1,17 @@
 //! From a request to a session: directories, data, model, optimizer.
 
 use std::fs;
+use std::path::Path;
 
 use burn::tensor::Tensor;
 use hexa_ops::TrainingBackend;
 
 use super::checkpoint::{Checkpoint, RunState};
 use super::error::{Result, TrainError};
+use super::images::Images;
 use super::metrics::{EvalRecord, MetricsWriter, Record, read_records};
 use super::optimizer::{AdamW, AdamWConfig};
-use super::params::{read_params, write_params};
+use super::params::write_params;
 use super::progress::Progress;
 use super::random::init_seed;
 use super::report::Facts;
@@ -19,7 +21,6 @@ use super::schedule::Schedule;
 use super::session::{Place, Session};
 use crate::backend::{BackendKind, Job, dispatch};
 use crate::config::{Config, DataSource, TrainConfig};
-use crate::data::Dataset;
 use crate::model::SwinMoe;
 use crate::settings::model_config;
 
@@ -28,8 +29,8 @@ use crate::settings::model_config;
 /// # Errors
 /// [`TrainError`], with the last good checkpoint in the run's directory if there was one.
 pub fn train(request: TrainRequest) -> Result<Outcome> {
-    let data = Dataset::open(&request.config)?;
-    dispatch(request.backend, Start { request, data })?
+    let images = Images::open(&request.config)?;
+    dispatch(request.backend, Start { request, images })?
 }
 
 /// Continues a run as if it had never stopped.
@@ -47,35 +48,35 @@ pub fn resume(request: ResumeRequest) -> Result<Outcome> {
     if let Some(folder) = request.data {
         config.data.source = DataSource::Folder(folder);
     }
-    let data = Dataset::open(&config)?;
-    check_classes(&checkpoint.state, &data, &run)?;
+    let images = Images::open(&config)?;
+    check_classes(&checkpoint.state, images.class_names(), run.root())?;
     let backend = request.backend.unwrap_or(checkpoint.state.backend);
     let job = Continue {
         run,
         checkpoint,
         config,
-        data,
+        images,
         backend,
         control: request.control,
     };
     dispatch(backend, job)?
 }
 
-/// A run must go on with the classes it learnt.
-pub(crate) fn check_classes(state: &RunState, data: &Dataset, run: &RunDir) -> Result<()> {
-    if state.class_names == data.class_names() {
+/// A model must be used with the classes that it learnt.
+pub(super) fn check_classes(state: &RunState, found: &[String], path: &Path) -> Result<()> {
+    if state.class_names == found {
         return Ok(());
     }
     Err(TrainError::RunDir {
-        path: run.root().to_path_buf(),
+        path: path.to_path_buf(),
         reason: format!(
-            "the run knows {} classes ({}), the data has {} ({})",
+            "the model knows {} classes ({}), the data has {} ({})",
             state.class_names.len(),
             first_few(&state.class_names),
-            data.class_names().len(),
-            first_few(data.class_names()),
+            found.len(),
+            first_few(found),
         ),
-        remedy: "give the data that the run was trained on with --data".to_owned(),
+        remedy: "give data with the classes that the model was trained on with --data".to_owned(),
     })
 }
 
@@ -89,16 +90,16 @@ fn first_few(names: &[String]) -> String {
 
 struct Start {
     request: TrainRequest,
-    data: Dataset,
+    images: Images,
 }
 
 impl Job for Start {
     type Output = Result<Outcome>;
 
     fn run<B: TrainingBackend>(self, device: &B::Device) -> Result<Outcome> {
-        let Start { request, data } = self;
+        let Start { request, images } = self;
         let config = request.config;
-        let model = new_model::<B>(&config, data.class_names().len(), device)?;
+        let model = new_model::<B>(&config, images.class_names().len(), device)?;
         let optimizer = AdamW::new(adamw_config(&config.train), &model);
         let run = RunDir::create(&request.output)?;
         fs::write(run.config(), config.to_toml()).map_err(TrainError::io("write", run.config()))?;
@@ -116,7 +117,7 @@ impl Job for Start {
             name: request.name,
             backend: request.backend,
             config,
-            data,
+            images,
             run,
             metrics,
             control: request.control,
@@ -129,7 +130,7 @@ struct Continue {
     run: RunDir,
     checkpoint: Checkpoint,
     config: Config,
-    data: Dataset,
+    images: Images,
     backend: BackendKind,
     control: Control,
 }
@@ -149,15 +150,13 @@ impl Job for Continue {
             reason,
             remedy: "it belongs to another model or version; start a new run",
         };
-        if moments.is_empty() {
-            return Err(unfit(
-                "it holds weights but no optimizer state: it was imported, not trained".to_owned(),
-            ));
-        }
         let model = new_model::<B>(&self.config, state.class_names.len(), device)?;
         let model = write_params(model, weights).map_err(unfit)?;
         let mut optimizer = AdamW::new(adamw_config(&self.config.train), &model);
-        optimizer.load_state(moments).map_err(unfit)?;
+        // Imported weights come without moments: the run then starts with them.
+        if state.step > 0 || !moments.is_empty() {
+            optimizer.load_state(moments).map_err(unfit)?;
+        }
         let metrics = MetricsWriter::resume(&self.run.metrics(), state.metrics_bytes)?;
         let place = Place {
             step: state.step,
@@ -172,7 +171,7 @@ impl Job for Continue {
             name: state.name,
             backend: self.backend,
             config: self.config,
-            data: self.data,
+            images: self.images,
             run: self.run,
             metrics,
             control: self.control,
@@ -226,7 +225,7 @@ struct Parts {
     name: String,
     backend: BackendKind,
     config: Config,
-    data: Dataset,
+    images: Images,
     run: RunDir,
     metrics: MetricsWriter,
     control: Control,
@@ -241,7 +240,7 @@ impl Parts {
         device: &B::Device,
     ) -> Session<'_, B> {
         let train = &self.config.train;
-        let steps_per_epoch = self.data.train_steps(train.batch_size) as u64;
+        let steps_per_epoch = self.images.train.num_batches(train.batch_size);
         let schedule = schedule(train, steps_per_epoch);
         let facts = facts(&self, &schedule);
         let progress = Progress::new(
@@ -254,7 +253,7 @@ impl Parts {
             device,
             backend: self.backend,
             config: self.config,
-            data: self.data,
+            images: self.images,
             model,
             optimizer,
             schedule,
@@ -280,9 +279,9 @@ fn facts(parts: &Parts, schedule: &Schedule) -> Facts {
                 "images",
                 format!(
                     "{} for training, {} for testing, {} classes",
-                    parts.data.train_len(),
-                    parts.data.test_len(),
-                    parts.data.class_names().len()
+                    parts.images.train.len(),
+                    parts.images.test.len(),
+                    parts.images.class_names().len()
                 ),
             ),
             line("steps", schedule.total_steps.to_string()),

@@ -221,7 +221,11 @@ fn expert_section(steps: &[&StepRecord], evals: &[&EvalRecord]) -> String {
                 .iter()
                 .filter_map(|s| Some((s.step as f64, 100.0 * s.layers.get(layer)?.tile_waste)))
                 .collect();
-            Series::line(&format!("layer {layer}"), &palette(layer, num_layers), points)
+            Series::line(
+                &format!("layer {layer}"),
+                &palette(layer, num_layers),
+                points,
+            )
         })
         .collect();
     push_figure(

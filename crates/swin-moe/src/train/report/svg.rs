@@ -296,7 +296,10 @@ mod tests {
 
     #[test]
     fn ticks_are_round_and_inside() {
-        assert_eq!(ticks(0.0, 1.0, 5), [0.0, 0.2, 0.4, 0.6000000000000001, 0.8, 1.0]);
+        assert_eq!(
+            ticks(0.0, 1.0, 5),
+            [0.0, 0.2, 0.4, 0.6000000000000001, 0.8, 1.0]
+        );
         assert_eq!(ticks(0.0, 3900.0, 6), [0.0, 1000.0, 2000.0, 3000.0]);
         assert_eq!(ticks(2.0, 2.0, 5), [2.0]);
         assert_eq!(ticks(f64::NAN, 2.0, 5).len(), 1);
@@ -327,7 +330,11 @@ mod tests {
     fn coordinates_stay_on_the_canvas() {
         let chart = line_chart(
             "step",
-            &[Series::line("a", "red", vec![(1.0, 5.0), (2.0, 5.0), (9.0, 5.0)])],
+            &[Series::line(
+                "a",
+                "red",
+                vec![(1.0, 5.0), (2.0, 5.0), (9.0, 5.0)],
+            )],
             false,
         );
         let points = chart.split("points=\"").nth(1).unwrap();

@@ -47,12 +47,7 @@ pub fn forward<B: ExpertKernels>(
         out_order: RowOrder::Expert,
         index: index.clone(),
     });
-    let activated = B::ffn_activation(
-        pre_activation.clone(),
-        index.clone(),
-        options,
-        dropout_seed,
-    );
+    let activated = B::ffn_activation(pre_activation.clone(), index.clone(), options, dropout_seed);
     let y = <B as ExpertKernels>::esmm(EsmmArgs {
         x: activated,
         x_order: RowOrder::Expert,

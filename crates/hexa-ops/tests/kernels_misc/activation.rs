@@ -3,6 +3,7 @@
 use burn::tensor::{DType, FloatDType};
 use hexa_ops::backend::{FfnActivationGradArgs, RawExpertIndex};
 use hexa_ops::dropout::dropout_uniform;
+use hexa_ops::testing::backend::TestBackend;
 use hexa_ops::testing::oracle::{Routing, activate, activation_slope};
 use hexa_ops::{Activation, ExpertKernels, FfnOptions, backend_test};
 
@@ -109,7 +110,7 @@ fn forward<K: ExpertKernels>() {
             ));
             assert_eq!(shape, [slots, case.d_ff]);
             let what = format!("{options:?}");
-            assert_close(&what, &got, &case.activated(&pre), [1e-6, 1e-6]);
+            assert_close(&what, &got, &case.activated(&pre), [3e-6, 1e-6]);
         }
     }
 }
@@ -124,6 +125,10 @@ fn precise<K: ExpertKernels>() {
     let input = float::<K, 2>(&pre, [1, 4001]);
     let is_f32 = input.dtype() == DType::from(FloatDType::F32);
     assert!(is_f32, "the bound below is f32's");
+    let erf_error = match TestBackend::selected() {
+        Ok(TestBackend::Cpu) => 5e-7,
+        _ => 1.2e-7,
+    };
     let (_, got) = floats::<K, 2>(K::ffn_activation(
         raw(input),
         case.index::<K>(),
@@ -131,8 +136,8 @@ fn precise<K: ExpertKernels>() {
         None,
     ));
     for (&x, (got, expected)) in pre.iter().zip(got.into_iter().zip(case.activated(&pre))) {
-        // Half the input times one unit of f32 below one, and a rounding of factors and product.
-        let bound = 0.5 * x.abs() * 1.2e-7 + 1.8e-7 * expected.abs() + 1e-9;
+        // Half the input times the error function's error, a rounding of factors and product.
+        let bound = 0.5 * x.abs() * erf_error + 1.8e-7 * expected.abs() + 1e-9;
         assert!(
             (got - expected).abs() <= bound,
             "{x}: {got:e}, {expected:e}"
@@ -276,10 +281,10 @@ fn backward<K: ExpertKernels>() {
             let what = format!("{options:?} {shape:?}");
             let (dims, got) = floats::<K, 2>(grads.pre_activation);
             assert_eq!(dims, [slots, case.hidden_width()]);
-            assert_close(&what, &got, &expected.pre_activation, [2e-6, 2e-6]);
+            assert_close(&what, &got, &expected.pre_activation, [3e-6, 2e-6]);
             let (dims, got) = floats::<K, 2>(grads.weighted_activated);
             assert_eq!(dims, [slots, case.d_ff]);
-            assert_close(&what, &got, &expected.weighted, [1e-6, 1e-6]);
+            assert_close(&what, &got, &expected.weighted, [3e-6, 1e-6]);
             let (dims, got) = floats::<K, 2>(grads.gates);
             assert_eq!(dims, [tokens, top_k]);
             assert_close(&what, &got, &expected.gates, [5e-5, 1e-5]);

@@ -78,7 +78,8 @@ fn normal_cdf<A: Float>(x: A) -> A {
 /// `[1, 4]`, beyond which f32 rounds to one.
 #[cube]
 fn error_function<A: Float>(x: A) -> A {
-    if comptime!(A::type_size() == 8) {
+    let size_bytes = A::type_size();
+    if comptime!(size_bytes == 8) {
         x.erf()
     } else {
         let a = min(x.abs(), A::new(4.0));

@@ -1,2 +1,91 @@
-//! .
-fn main() {}
+//! Measures the expert FFN on the compiled-in back-ends, side by side.
+//!
+//! Every case is verified against the f64 oracle before it is timed; a case that fails is
+//! reported and never becomes a row.
+
+mod case;
+mod report;
+mod verify;
+
+use anyhow::{Context, Result, bail};
+use burn::backend::Autodiff;
+use burn::tensor::backend::Backend;
+use case::{Shape, measure};
+use clap::{Parser, ValueEnum};
+use hexa_ops::backends;
+use report::Report;
+
+/// Times the expert FFN, forward and forward + backward.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Back-ends to measure, of those compiled in.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "cpu")]
+    backend: Vec<BackendName>,
+    /// Shapes as tokens,d_model,d_ff,num_experts,top_k; may be given several times.
+    #[arg(long = "shape", default_values_t = [Shape::default()])]
+    shapes: Vec<Shape>,
+    /// Timed repetitions after two that are not counted.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    repetitions: u32,
+    /// File for the results as JSON.
+    #[arg(long)]
+    json: Option<std::path::PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum BackendName {
+    Cpu,
+    Wgpu,
+    Cuda,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let mut report = Report::default();
+    for &backend in &arguments.backend {
+        for shape in &arguments.shapes {
+            let row = run(backend, *shape, arguments.repetitions)
+                .with_context(|| format!("{} at {shape}", name(backend)))?;
+            report.push(name(backend), *shape, row);
+        }
+    }
+    print!("{}", report.to_markdown());
+    if let Some(path) = arguments.json {
+        let text = serde_json::to_string_pretty(&report)?;
+        std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn name(backend: BackendName) -> &'static str {
+    match backend {
+        BackendName::Cpu => "cpu",
+        BackendName::Wgpu => "wgpu",
+        BackendName::Cuda => "cuda",
+    }
+}
+
+fn run(backend: BackendName, shape: Shape, repetitions: u32) -> Result<case::Timings> {
+    match backend {
+        #[cfg(feature = "cpu")]
+        BackendName::Cpu => on::<backends::Cpu>(shape, repetitions),
+        #[cfg(feature = "wgpu")]
+        BackendName::Wgpu => on::<backends::Wgpu>(shape, repetitions),
+        #[cfg(feature = "cuda")]
+        BackendName::Cuda => on::<backends::Cuda>(shape, repetitions),
+        #[allow(unreachable_patterns, reason = "with all features nothing is left")]
+        other => bail!(
+            "back-end {} is not compiled in; build with --features {}",
+            name(other),
+            name(other)
+        ),
+    }
+}
+
+fn on<K: hexa_ops::ExpertKernels>(shape: Shape, repetitions: u32) -> Result<case::Timings> {
+    let device = <Autodiff<K> as burn::tensor::backend::BackendTypes>::Device::default();
+    <K as Backend>::seed(&device, 7);
+    verify::verify::<Autodiff<K>>(shape, &device)?;
+    measure::<Autodiff<K>>(shape, repetitions, &device)
+}

@@ -1,0 +1,190 @@
+//! One measurement: shape, inputs, timing.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Instant;
+
+use anyhow::{Result, anyhow};
+use burn::tensor::backend::AutodiffBackend;
+use burn::tensor::{Distribution, Tensor};
+use hexa_ops::{
+    ExpertIndex, ExpertParams, FfnOptions, Gating, TrainingBackend, expert_ffn, topk_gating,
+};
+use serde::Serialize;
+
+/// Shape of an expert FFN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Shape {
+    /// Tokens of a batch.
+    pub tokens: usize,
+    /// Width of a token.
+    pub d_model: usize,
+    /// Hidden width of an expert.
+    pub d_ff: usize,
+    /// Number of experts.
+    pub num_experts: usize,
+    /// Choices per token.
+    pub top_k: usize,
+}
+
+impl Default for Shape {
+    /// Stage 3 of Swin-MoE-Small, 1,024 tokens.
+    fn default() -> Self {
+        Self {
+            tokens: 1024,
+            d_model: 384,
+            d_ff: 1536,
+            num_experts: 8,
+            top_k: 1,
+        }
+    }
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{},{},{},{},{}",
+            self.tokens, self.d_model, self.d_ff, self.num_experts, self.top_k
+        )
+    }
+}
+
+impl FromStr for Shape {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let wanted = || anyhow!("a shape is tokens,d_model,d_ff,num_experts,top_k, all >= 1");
+        let numbers: Vec<usize> = text
+            .split(',')
+            .map(|part| part.trim().parse().ok().filter(|&n| n >= 1))
+            .collect::<Option<_>>()
+            .ok_or_else(wanted)?;
+        let [tokens, d_model, d_ff, num_experts, top_k] =
+            numbers.try_into().map_err(|_| wanted())?;
+        Ok(Self {
+            tokens,
+            d_model,
+            d_ff,
+            num_experts,
+            top_k,
+        })
+    }
+}
+
+impl Shape {
+    /// Floating-point operations of the two forward products.
+    pub fn forward_flops(self) -> f64 {
+        4.0 * (self.tokens * self.top_k) as f64 * self.d_model as f64 * self.d_ff as f64
+    }
+}
+
+/// Tensors of one case.
+pub struct Inputs<B: TrainingBackend> {
+    /// Tokens: `[tokens, d_model]`.
+    pub x: Tensor<B, 2>,
+    /// Router logits: `[tokens, num_experts]`.
+    pub logits: Tensor<B, 2>,
+    /// The experts.
+    pub params: ExpertParams<B>,
+}
+
+impl<B: TrainingBackend> Inputs<B> {
+    /// Normal tokens and logits, weights scaled by their fan-in.
+    pub fn random(shape: Shape, device: &B::Device) -> Self {
+        let normal = |std: f64| Distribution::Normal(0.0, std);
+        let Shape {
+            tokens,
+            d_model,
+            d_ff,
+            num_experts,
+            ..
+        } = shape;
+        let fan_in = |n: usize| normal((n as f64).powf(-0.5));
+        Self {
+            x: Tensor::random([tokens, d_model], normal(1.0), device).require_grad(),
+            logits: Tensor::random([tokens, num_experts], normal(1.0), device).require_grad(),
+            params: ExpertParams {
+                w1: Tensor::random([num_experts, d_model, d_ff], fan_in(d_model), device)
+                    .require_grad(),
+                b1: Some(
+                    Tensor::random([num_experts, d_ff], normal(0.1), device).require_grad(),
+                ),
+                w2: Tensor::random([num_experts, d_ff, d_model], fan_in(d_ff), device)
+                    .require_grad(),
+                b2: Some(
+                    Tensor::random([num_experts, d_model], normal(0.1), device).require_grad(),
+                ),
+            },
+        }
+    }
+
+    /// Routing and expert FFN.
+    pub fn forward(&self, top_k: usize) -> Result<(Gating<B>, Tensor<B, 2>)> {
+        let gating = topk_gating(self.logits.clone(), top_k, true)?;
+        let index = ExpertIndex::from_gating(&gating);
+        let y = expert_ffn(
+            self.x.clone(),
+            gating.weights.clone(),
+            self.params.clone(),
+            &index,
+            FfnOptions::default(),
+            None,
+        )?;
+        Ok((gating, y))
+    }
+}
+
+/// Seconds of each repetition, ascending.
+#[derive(Debug, Serialize)]
+pub struct Timings {
+    /// Routing and forward pass.
+    pub forward_s: Vec<f64>,
+    /// Routing, forward and backward pass.
+    pub forward_backward_s: Vec<f64>,
+}
+
+/// Times a case; the device is synchronised around each repetition.
+pub fn measure<B: TrainingBackend>(
+    shape: Shape,
+    repetitions: u32,
+    device: &B::Device,
+) -> Result<Timings> {
+    let inputs = Inputs::<B>::random(shape, device);
+    let upstream = Tensor::<B, 2>::random(
+        [shape.tokens, shape.d_model],
+        Distribution::Default,
+        device,
+    );
+    let forward = || inputs.forward(shape.top_k).map(drop);
+    let forward_backward = || -> Result<()> {
+        let (_, y) = inputs.forward(shape.top_k)?;
+        drop((y * upstream.clone()).sum().backward());
+        Ok(())
+    };
+    Ok(Timings {
+        forward_s: time::<B>(repetitions, device, forward)?,
+        forward_backward_s: time::<B>(repetitions, device, forward_backward)?,
+    })
+}
+
+fn time<B: AutodiffBackend>(
+    repetitions: u32,
+    device: &B::Device,
+    work: impl Fn() -> Result<()>,
+) -> Result<Vec<f64>> {
+    let sync = || B::sync(device).map_err(|error| anyhow!("the device failed: {error:?}"));
+    for _ in 0..2 {
+        work()?;
+    }
+    sync()?;
+    let mut seconds = Vec::new();
+    for _ in 0..repetitions {
+        let start = Instant::now();
+        work()?;
+        sync()?;
+        seconds.push(start.elapsed().as_secs_f64());
+    }
+    seconds.sort_by(f64::total_cmp);
+    Ok(seconds)
+}

@@ -1,0 +1,76 @@
+//! A case against the f64 oracle, before it is timed.
+
+use anyhow::{Context, Result, anyhow, ensure};
+use burn::tensor::{Int, Tensor};
+use hexa_ops::testing::compare::{host, relative_error};
+use hexa_ops::testing::oracle::{Ffn, FfnTensors, Routing};
+use hexa_ops::{Activation, TrainingBackend};
+
+use crate::case::{Inputs, Shape};
+
+/// Largest relative error ‖a − b‖ / ‖b‖ of an f32 case.
+const TOLERANCE: f64 = 1e-5;
+
+/// Tokens that are verified: the oracle is slow.
+const TOKENS: usize = 67;
+
+/// Verifies output and gradients at the case's widths.
+///
+/// # Errors
+/// What differs, and by how much.
+pub fn verify<B: TrainingBackend>(shape: Shape, device: &B::Device) -> Result<()> {
+    let shape = Shape {
+        tokens: shape.tokens.min(TOKENS),
+        ..shape
+    };
+    let inputs = Inputs::<B>::random(shape, device);
+    let (gating, y) = inputs.forward(shape.top_k)?;
+    let gates = gating.weights.clone();
+    let oracle = Ffn {
+        routing: routing(gating.expert_ids, shape),
+        d_model: shape.d_model,
+        d_ff: shape.d_ff,
+        activation: Activation::Gelu,
+        dropout: 0.0,
+        dropout_seed: None,
+    };
+    let params = inputs.params.clone();
+    let tensors = FfnTensors {
+        x: host(inputs.x.clone()),
+        gates: host(gates),
+        w1: host(params.w1.clone()),
+        b1: params.b1.map(host),
+        w2: host(params.w2.clone()),
+        b2: params.b2.map(host),
+    };
+    check("output", &host(y.clone()), &oracle.forward(&tensors))?;
+
+    let upstream = vec![1.0; shape.tokens * shape.d_model];
+    let expected = oracle.backward(&tensors, &upstream);
+    let grads = y.sum().backward();
+    let missing = || anyhow!("an operand has no gradient");
+    let x = inputs.x.grad(&grads).with_context(missing)?;
+    check("gradient of x", &host(x), &expected.x)?;
+    let w1 = params.w1.grad(&grads).with_context(missing)?;
+    check("gradient of w1", &host(w1), &expected.w1)?;
+    let w2 = params.w2.grad(&grads).with_context(missing)?;
+    check("gradient of w2", &host(w2), &expected.w2)
+}
+
+fn routing<B: TrainingBackend>(ids: Tensor<B, 2, Int>, shape: Shape) -> Routing {
+    Routing {
+        tokens: shape.tokens,
+        top_k: shape.top_k,
+        num_experts: shape.num_experts,
+        expert_ids: ids.into_data().iter::<i64>().map(|e| e as usize).collect(),
+    }
+}
+
+fn check(what: &str, got: &[f64], expected: &[f64]) -> Result<()> {
+    let error = relative_error(got, expected);
+    ensure!(
+        error <= TOLERANCE,
+        "{what} differs from the oracle by {error:e} (relative norm), allowed is {TOLERANCE:e}"
+    );
+    Ok(())
+}

@@ -1,0 +1,37 @@
+//! The one error type of this crate.
+
+use hexa_ops::OpsError;
+
+/// Why a layer could not be built, run or read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum MoeError {
+    /// A field of [`MoeConfig`](crate::MoeConfig) is outside its range.
+    #[error("MoeConfig.{field} is {got}, allowed is {allowed}; {remedy}")]
+    Config {
+        /// The field's name.
+        field: &'static str,
+        /// What was given.
+        got: String,
+        /// What is allowed.
+        allowed: String,
+        /// What the caller can do.
+        remedy: &'static str,
+    },
+    /// The layer's input is not made of tokens of the layer's width.
+    #[error(
+        "Moe: the input has shape {got:?}, expected [..., {d_model}]; its last dimension is the token width MoeConfig.d_model"
+    )]
+    Input {
+        /// The shape that was given.
+        got: Vec<usize>,
+        /// The layer's token width.
+        d_model: usize,
+    },
+    /// An operator refused its arguments, or the device failed.
+    #[error(transparent)]
+    Ops(#[from] OpsError),
+}
+
+/// Result of the layer.
+pub type Result<T> = core::result::Result<T, MoeError>;

@@ -85,8 +85,13 @@ pub fn ffn_case(most: usize) -> impl Strategy<Value = FfnCase> {
         )
 }
 
+/// The power of two nearest to one over the square root of `n`, so that scaling rounds nothing.
+fn inverse_root(n: usize) -> f64 {
+    (-(n as f64).log2() / 2.0).round().exp2()
+}
+
 impl FfnCase {
-    /// Draws the numbers, as multiples of `grid`.
+    /// Draws the numbers, as multiples of `grid`; weights are scaled so that sums stay of order one.
     pub fn problem_on(&self, grid: f64) -> FfnProblem {
         let routing = self.routing.routing();
         let ffn = Ffn {
@@ -100,19 +105,22 @@ impl FfnCase {
         let experts = ffn.routing.num_experts;
         let (d, f, h) = (ffn.d_model, ffn.d_ff, ffn.hidden_width());
         let mut numbers = Numbers::new(self.seed);
-        let mut draw = |len: usize| -> Vec<f64> {
+        let mut draw = |len: usize, scale: f64| -> Vec<f64> {
             let values = numbers.values(len);
-            values.iter().map(|v| (v / grid).round() * grid).collect()
+            values
+                .iter()
+                .map(|v| (v / grid).round() * grid * scale)
+                .collect()
         };
         let inputs = FfnTensors {
-            x: draw(ffn.routing.tokens * d),
-            gates: draw(ffn.routing.num_slots()),
-            w1: draw(experts * d * h),
-            b1: self.biases.0.then(|| draw(experts * h)),
-            w2: draw(experts * f * d),
-            b2: self.biases.1.then(|| draw(experts * d)),
+            x: draw(ffn.routing.tokens * d, 1.0),
+            gates: draw(ffn.routing.num_slots(), 1.0),
+            w1: draw(experts * d * h, inverse_root(d)),
+            b1: self.biases.0.then(|| draw(experts * h, 1.0)),
+            w2: draw(experts * f * d, inverse_root(f)),
+            b2: self.biases.1.then(|| draw(experts * d, 1.0)),
         };
-        let grad_output = draw(ffn.routing.tokens * d);
+        let grad_output = draw(ffn.routing.tokens * d, 1.0);
         FfnProblem {
             ffn,
             inputs,

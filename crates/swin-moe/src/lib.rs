@@ -1,1 +1,11 @@
-//! .
+//! Swin Transformer with Mixture-of-Experts layers: configuration, data, model and training.
+
+pub mod backend;
+pub mod cli;
+pub mod config;
+pub mod data;
+pub mod model;
+pub mod parity;
+pub mod settings;
+pub mod train;
+pub mod weights;

@@ -1,0 +1,145 @@
+//! The whole model.
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::Tensor;
+use burn::tensor::backend::Backend;
+use hexa_moe::LoadStats;
+use hexa_ops::ExpertOps;
+
+use super::config::SwinMoeConfig;
+use super::error::{ModelError, Result};
+use super::layers::{LayerNorm, Linear, LinearOptions};
+use super::patch::PatchEmbed;
+use super::stage::Stage;
+
+/// Patch embedding, stages, norm, mean over the tokens, linear head.
+#[derive(Module, Debug)]
+pub struct SwinMoe<B: Backend> {
+    /// Pixels to tokens.
+    pub patch_embed: PatchEmbed<B>,
+    /// The stages, first to last.
+    pub layers: Vec<Stage<B>>,
+    /// Norm of the last stage's tokens.
+    pub norm: LayerNorm<B>,
+    /// The classifier.
+    pub head: Linear<B>,
+    #[module(skip)]
+    config: SwinMoeConfig,
+}
+
+/// What the model says about a batch of images.
+#[derive(Debug, Clone)]
+pub struct SwinOutput<B: Backend> {
+    /// `[batch, classes]`.
+    pub logits: Tensor<B, 2>,
+    /// Sum of the layers' weighted balance losses: `[1]`.
+    pub aux_loss: Tensor<B, 1>,
+    /// Load of the experts, one entry for each Mixture-of-Experts layer, first to last.
+    pub loads: Vec<LoadStats<B>>,
+}
+
+impl<B: ExpertOps> SwinMoe<B> {
+    pub(super) fn new(config: &SwinMoeConfig, device: &B::Device) -> Result<Self> {
+        let geometry = config.geometry()?;
+        let layers = geometry
+            .stages
+            .iter()
+            .map(|stage| Stage::new(config, stage, device))
+            .collect::<Result<_>>()?;
+        let features = config.stage_dim(config.depths.len() - 1);
+        let head = LinearOptions {
+            bias: true,
+            init_std: config.init_std,
+            precision: config.precision,
+        };
+        let model = Self {
+            patch_embed: PatchEmbed::new(config, device),
+            layers,
+            norm: LayerNorm::new(features, device),
+            head: Linear::new(features, config.num_classes, head, device),
+            config: config.clone(),
+        };
+        model.visit(&mut DrawAll);
+        Ok(model)
+    }
+
+    /// What the model was built from.
+    pub fn config(&self) -> &SwinMoeConfig {
+        &self.config
+    }
+
+    /// Switches noise, dropout and stochastic depth off for good, so that a back-end with autodiff
+    /// computes what `valid()` computes, and its gradients.
+    pub fn without_noise(mut self) -> Self {
+        self.layers = self.layers.into_iter().map(Stage::without_noise).collect();
+        self
+    }
+
+    /// Applies the model.
+    ///
+    /// Noise, dropout and stochastic depth are on iff the back-end differentiates, as in Burn's
+    /// own modules; evaluate with `model.valid()`.
+    ///
+    /// # Shapes
+    /// `images`: `[batch, channels, size, size]`, normalised, at least one
+    ///
+    /// # Errors
+    /// [`ModelError::Images`] if the images are of another shape.
+    pub fn forward(&self, images: Tensor<B, 4>) -> Result<SwinOutput<B>> {
+        self.check_images(&images)?;
+        let [batch, ..] = images.dims();
+        let device = images.device();
+
+        let mut reports = Vec::new();
+        let mut x = self.patch_embed.forward(images)?;
+        for stage in &self.layers {
+            x = stage.forward(x, &mut reports)?;
+        }
+        let x = self.norm.forward(x);
+        let [tokens, dim] = x.dims();
+        let pooled = x
+            .reshape([batch, tokens / batch, dim])
+            .mean_dim(1)
+            .reshape([batch, dim]);
+        let logits = self.head.forward(pooled)?;
+
+        let mut aux_loss: Option<Tensor<B, 1>> = None;
+        let mut loads = Vec::with_capacity(reports.len());
+        for report in reports {
+            aux_loss = Some(match aux_loss {
+                Some(sum) => sum + report.aux_loss,
+                None => report.aux_loss,
+            });
+            loads.push(report.load);
+        }
+        Ok(SwinOutput {
+            logits,
+            aux_loss: aux_loss.unwrap_or_else(|| Tensor::zeros([1], &device)),
+            loads,
+        })
+    }
+
+    fn check_images(&self, images: &Tensor<B, 4>) -> Result<()> {
+        let [batch, chans, height, width] = images.dims();
+        let (channels, size) = (self.config.in_chans, self.config.image_size);
+        if batch > 0 && (chans, height, width) == (channels, size, size) {
+            return Ok(());
+        }
+        Err(ModelError::Images {
+            got: images.dims().to_vec(),
+            channels,
+            size,
+            remedy: "resize the images, or build the model for their size (image_size, in_chans)",
+        })
+    }
+}
+
+/// Draws the parameters that are still lazy, so that the weights follow from the generator's
+/// seed at the time of building, whatever is drawn from it later.
+struct DrawAll;
+
+impl<B: Backend> ModuleVisitor<B> for DrawAll {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        param.val();
+    }
+}

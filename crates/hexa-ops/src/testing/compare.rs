@@ -139,8 +139,8 @@ pub fn check_close(
     let mut worst = (0, f64::NEG_INFINITY);
     for (i, (&a, &b)) in got.data.iter().zip(expected.data).enumerate() {
         let excess = excess(a, b, tolerance);
-        // Written so that NaN fails.
-        if !(excess <= 0.0) {
+        let passes = excess <= 0.0; // false for NaN
+        if !passes {
             failed += 1;
             if excess > worst.1 {
                 worst = (i, excess);

@@ -182,10 +182,10 @@ impl Ffn {
             if let Some(b2) = &mut grads.b2 {
                 b2[expert * d + o] += grad_out;
             }
-            for j in 0..f {
+            for (j, grad) in grad_activated.iter_mut().enumerate() {
                 let w2_at = (expert * f + j) * d + o;
                 grads.w2[w2_at] += slot.activated[j] * grad_out;
-                grad_activated[j] += inputs.w2[w2_at] * grad_out;
+                *grad += inputs.w2[w2_at] * grad_out;
             }
         }
         for (g, kept) in grad_activated.iter_mut().zip(&slot.kept) {

@@ -107,9 +107,7 @@ impl<B: TrainingBackend> Inputs<B> {
             params: ExpertParams {
                 w1: Tensor::random([num_experts, d_model, d_ff], fan_in(d_model), device)
                     .require_grad(),
-                b1: Some(
-                    Tensor::random([num_experts, d_ff], normal(0.1), device).require_grad(),
-                ),
+                b1: Some(Tensor::random([num_experts, d_ff], normal(0.1), device).require_grad()),
                 w2: Tensor::random([num_experts, d_ff, d_model], fan_in(d_ff), device)
                     .require_grad(),
                 b2: Some(
@@ -151,11 +149,8 @@ pub fn measure<B: TrainingBackend>(
     device: &B::Device,
 ) -> Result<Timings> {
     let inputs = Inputs::<B>::random(shape, device);
-    let upstream = Tensor::<B, 2>::random(
-        [shape.tokens, shape.d_model],
-        Distribution::Default,
-        device,
-    );
+    let upstream =
+        Tensor::<B, 2>::random([shape.tokens, shape.d_model], Distribution::Default, device);
     let forward = || inputs.forward(shape.top_k).map(drop);
     let forward_backward = || -> Result<()> {
         let (_, y) = inputs.forward(shape.top_k)?;

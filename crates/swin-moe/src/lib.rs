@@ -1,6 +1,12 @@
-//! Swin Transformer with Mixture-of-Experts layers: model, data and training.
+//! Swin Transformer with Mixture-of-Experts layers: configuration, data, model and training.
 
+pub mod backend;
+pub mod cli;
+pub mod config;
+pub mod data;
 pub mod info;
 pub mod model;
 pub mod parity;
+pub mod settings;
+pub mod train;
 pub mod weights;

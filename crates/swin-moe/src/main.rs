@@ -1,2 +1,5 @@
-//! .
-fn main() {}
+//! The training program.
+
+fn main() -> std::process::ExitCode {
+    swin_moe::cli::main()
+}

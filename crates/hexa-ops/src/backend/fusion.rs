@@ -516,18 +516,11 @@ impl<B: FusionBackend + ExpertKernels> ExpertKernels for Fusion<B> {
                     dropout_seed: inputs.int_if(has_seed),
                     needs,
                 });
-                [
-                    grads.x,
-                    grads.gates,
-                    grads.w1,
-                    grads.b1,
-                    grads.w2,
-                    grads.b2,
-                ]
-                .into_iter()
-                .flatten()
-                .map(Computed::Float)
-                .collect()
+                [grads.x, grads.gates, grads.w1, grads.b1, grads.w2, grads.b2]
+                    .into_iter()
+                    .flatten()
+                    .map(Computed::Float)
+                    .collect()
             })
             .into_iter();
         let [x, gates, w1, b1, w2, b2] =

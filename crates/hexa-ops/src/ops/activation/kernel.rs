@@ -117,8 +117,7 @@ pub fn activate_vjp<F: Float, A: Float, I: Int>(
     let top_k = gates.shape(1);
     let token = slot as usize / top_k;
     let choice = slot as usize % top_k;
-    let gate_weight =
-        A::cast_from(gates[token * gates.stride(0) + choice * gates.stride(1)]);
+    let gate_weight = A::cast_from(gates[token * gates.stride(0) + choice * gates.stride(1)]);
     let d_ff = grad_activated.shape(1);
     let has_dropout = seed.is_some();
 
@@ -126,8 +125,7 @@ pub fn activate_vjp<F: Float, A: Float, I: Int>(
     let mut column = UNIT_POS as usize;
     while column < d_ff {
         let upstream = A::cast_from(
-            grad_activated
-                [position * grad_activated.stride(0) + column * grad_activated.stride(1)],
+            grad_activated[position * grad_activated.stride(0) + column * grad_activated.stride(1)],
         );
         let kept = is_kept::<I>(seed, slot, column, dropout.probability);
         let through = gate_weight * scaled::<A>(upstream, kept, dropout, has_dropout);
@@ -147,8 +145,7 @@ pub fn activate_vjp<F: Float, A: Float, I: Int>(
         } else {
             let h = A::cast_from(pre_activation[row + column * step]);
             if writes {
-                grad_pre_activation[out] =
-                    F::cast_from(through * curve_derivative::<A>(h, curve));
+                grad_pre_activation[out] = F::cast_from(through * curve_derivative::<A>(h, curve));
             }
             curve_value::<A>(h, curve)
         };

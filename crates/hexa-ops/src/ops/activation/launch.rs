@@ -38,11 +38,7 @@ pub fn ffn_activation<R: CubeRuntime>(
     let slots = contiguous(index.slots);
     let (cube_count, cube_dim) = unit_per_item(&client, num_elements);
     let address = address_type(&[&pre_activation, &activated, &slots]);
-    let dtypes = [
-        dtype.into(),
-        accumulator(dtype).into(),
-        slots.dtype.into(),
-    ];
+    let dtypes = [dtype.into(), accumulator(dtype).into(), slots.dtype.into()];
     // SAFETY: units past the last element leave at once; the other indices are products of
     // positions and columns within the tensors' shapes.
     unsafe {
@@ -111,11 +107,7 @@ pub fn ffn_activation_backward<R: CubeRuntime>(
         width = width.max(dim(bias, 1));
     }
     let num_units = units_per_row(width);
-    let dtypes = [
-        dtype.into(),
-        accumulator(dtype).into(),
-        slots.dtype.into(),
-    ];
+    let dtypes = [dtype.into(), accumulator(dtype).into(), slots.dtype.into()];
     // SAFETY: positions are clamped below `num_slots`, columns below the widths; slots and
     // offsets come from `expert_index`, so that tokens and experts are within their tensors.
     unsafe {
@@ -165,8 +157,5 @@ fn dropout_arg<R: CubeRuntime>(options: FfnOptions, dtype: DType) -> DropoutLaun
         DType::F64 => 1.0 / (1.0 - f64::from(options.dropout)),
         _ => f64::from(1.0 / (1.0 - options.dropout)),
     };
-    DropoutLaunch::new(
-        options.dropout,
-        InputScalar::new(scale, accumulator(dtype)),
-    )
+    DropoutLaunch::new(options.dropout, InputScalar::new(scale, accumulator(dtype)))
 }

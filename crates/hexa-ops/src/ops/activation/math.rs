@@ -32,8 +32,7 @@ pub fn curve_derivative<A: Float>(x: A, #[comptime] curve: Curve) -> A {
     match comptime!(curve) {
         Curve::Gelu => {
             let c = bounded::<A>(x, 20.0);
-            let density =
-                constant::<A>(0.398_942_280_401_432_7) * (A::new(-0.5) * c * c).exp();
+            let density = constant::<A>(0.398_942_280_401_432_7) * (A::new(-0.5) * c * c).exp();
             normal_cdf::<A>(x) + c * density
         }
         Curve::GeluTanh => {

@@ -11,9 +11,7 @@ use cubek::std::InputBinding;
 
 use super::kernel::strided_matmul;
 use super::plan::{Candidate, candidates, is_readable};
-use crate::ops::device::{
-    accumulator, address_type, contiguous, empty, unit_per_item, zeros,
-};
+use crate::ops::device::{accumulator, address_type, contiguous, empty, unit_per_item, zeros};
 use crate::types::MatmulPrecision;
 
 /// Matrix product; contract in [`crate::ExpertKernels::dense_matmul`].

@@ -76,7 +76,10 @@ mod tests {
     fn overlapping_and_scattered_elements_are_not_readable() {
         assert!(!is_readable(&[3, 5], &[0, 1]), "broadcast rows");
         assert!(!is_readable(&[3, 5], &[20, 2]), "every other column");
-        assert!(!is_readable(&[2, 3, 5], &[5, 10, 1]), "interleaved matrices");
+        assert!(
+            !is_readable(&[2, 3, 5], &[5, 10, 1]),
+            "interleaved matrices"
+        );
         assert!(!is_readable(&[2, 3, 5], &[0, 5, 1]), "broadcast batch");
         assert!(!is_readable(&[5], &[1]), "no matrix");
     }

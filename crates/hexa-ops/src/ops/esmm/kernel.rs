@@ -3,8 +3,8 @@
 use cubecl::prelude::*;
 
 use crate::ops::tile::kernel::{
-    BLOCK, Origin, Quad, RowSource, TileShape, block_column, block_row, line_quads,
-    load_quad, multiply_add, source_row, stage_lines, stage_transposed, store_quad, UnitPlace, unit_place,
+    BLOCK, Origin, Quad, RowSource, TileShape, UnitPlace, block_column, block_row, line_quads,
+    load_quad, multiply_add, source_row, stage_lines, stage_transposed, store_quad, unit_place,
 };
 
 /// What is fixed when the kernel is compiled.
@@ -123,7 +123,15 @@ pub(crate) fn esmm<T: Numeric, A: Numeric, I: Int, N: Size>(
 
     let place = unit_place(tile);
     let mut block = Array::<Quad<A>>::new(comptime!(2 * BLOCK));
-    init_with_bias::<T, A, N>(&mut block, bias, rows.expert, first_column, extents, place, tile);
+    init_with_bias::<T, A, N>(
+        &mut block,
+        bias,
+        rows.expert,
+        first_column,
+        extents,
+        place,
+        tile,
+    );
 
     let mut x_stage = SharedMemory::<Quad<A>>::new(comptime!(tile.k * line_quads(tile.m)));
     let mut w_stage = SharedMemory::<Quad<A>>::new(comptime!(tile.k * line_quads(tile.n)));
@@ -138,7 +146,14 @@ pub(crate) fn esmm<T: Numeric, A: Numeric, I: Int, N: Size>(
             width: extents.width_in,
         };
         stage_transposed::<T, A, N>(
-            x, &x_rows, rows.len, &mut x_stage, x_origin, tile.m, tile.k, units,
+            x,
+            &x_rows,
+            rows.len,
+            &mut x_stage,
+            x_origin,
+            tile.m,
+            tile.k,
+            units,
         );
         if comptime!(blueprint.transposed) {
             let w_origin = Origin {
@@ -149,7 +164,14 @@ pub(crate) fn esmm<T: Numeric, A: Numeric, I: Int, N: Size>(
             };
             let columns = min(tile.n, extents.width_out - first_column);
             stage_transposed::<T, A, N>(
-                w, &w_rows, columns, &mut w_stage, w_origin, tile.n, tile.k, units,
+                w,
+                &w_rows,
+                columns,
+                &mut w_stage,
+                w_origin,
+                tile.n,
+                tile.k,
+                units,
             );
         } else {
             let w_origin = Origin {

@@ -8,15 +8,11 @@ use cubecl::prelude::*;
 use super::kernel::{self, EsmmExtentsLaunch};
 use super::plan::{EsmmProblem, plan};
 use crate::backend::EsmmArgs;
-use crate::ops::tile::launch::{
-    accumulator, address_type, cube_count, empty, with_unit_columns,
-};
+use crate::ops::tile::launch::{accumulator, address_type, cube_count, empty, with_unit_columns};
 use crate::ops::tile::plan::vector_size;
 
 /// See [`crate::ExpertKernels::esmm`].
-pub(crate) fn esmm<R: CubeRuntime>(
-    args: EsmmArgs<CubeTensor<R>, CubeTensor<R>>,
-) -> CubeTensor<R> {
+pub(crate) fn esmm<R: CubeRuntime>(args: EsmmArgs<CubeTensor<R>, CubeTensor<R>>) -> CubeTensor<R> {
     let index = args.index;
     let num_slots = index.num_slots();
     let x = with_unit_columns(args.x);
@@ -43,7 +39,14 @@ pub(crate) fn esmm<R: CubeRuntime>(
     });
     let vector_size = vector_size(
         x.dtype.size(),
-        &[width_in, width_out, x_stride, w_expert_stride, w_row_stride, bias_stride],
+        &[
+            width_in,
+            width_out,
+            x_stride,
+            w_expert_stride,
+            w_row_stride,
+            bias_stride,
+        ],
     );
     let (slots, offsets) = (into_contiguous(index.slots), into_contiguous(index.offsets));
     let dtypes = [x.dtype.into(), accumulator(x.dtype), slots.dtype.into()];

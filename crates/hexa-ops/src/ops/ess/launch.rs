@@ -41,10 +41,19 @@ pub(crate) fn ess<R: CubeRuntime>(
         x_order,
     });
     let dtype = x.dtype;
-    let out_dtype = if plan.parts == 1 { dtype } else { accumulator_dtype(dtype) };
+    let out_dtype = if plan.parts == 1 {
+        dtype
+    } else {
+        accumulator_dtype(dtype)
+    };
     let out = empty(&x, [plan.parts, index.num_experts, n], out_dtype);
     let (slots, offsets) = (into_contiguous(index.slots), into_contiguous(index.offsets));
-    let dtypes = [dtype.into(), accumulator(dtype), out_dtype.into(), slots.dtype.into()];
+    let dtypes = [
+        dtype.into(),
+        accumulator(dtype),
+        out_dtype.into(),
+        slots.dtype.into(),
+    ];
     let client = x.client.clone();
     // SAFETY: cubes past the last part return; all reads and writes are guarded by the extents,
     // and the index addresses rows that exist.

@@ -66,7 +66,10 @@ mod tests {
             x_order: RowOrder::Expert,
         });
         assert!(plan.blueprint.lanes.is_power_of_two());
-        assert_eq!(plan.blueprint.lanes * plan.blueprint.columns, ELEMWISE_UNITS);
+        assert_eq!(
+            plan.blueprint.lanes * plan.blueprint.columns,
+            ELEMWISE_UNITS
+        );
         assert_eq!(plan.column_blocks, 3);
         assert_eq!(plan.parts, MAX_EXPECTED_PARTS);
         assert_eq!(plan.cubes, 8 * 3 * plan.parts);

@@ -42,11 +42,20 @@ pub(crate) fn estmm<R: CubeRuntime>(
         b_order,
     });
     let dtype = a.dtype;
-    let out_dtype = if plan.parts == 1 { dtype } else { accumulator_dtype(dtype) };
+    let out_dtype = if plan.parts == 1 {
+        dtype
+    } else {
+        accumulator_dtype(dtype)
+    };
     let out = empty(&a, [plan.parts, index.num_experts, m, n], out_dtype);
     let vector_size = vector_size(dtype.size(), &[m, n, a_stride, b_stride]);
     let (slots, offsets) = (into_contiguous(index.slots), into_contiguous(index.offsets));
-    let dtypes = [dtype.into(), accumulator(dtype), out_dtype.into(), slots.dtype.into()];
+    let dtypes = [
+        dtype.into(),
+        accumulator(dtype),
+        out_dtype.into(),
+        slots.dtype.into(),
+    ];
     let client = a.client.clone();
     // SAFETY: cubes past the last part return; all reads and writes are guarded by the extents,
     // and the index addresses rows that exist.

@@ -104,9 +104,8 @@ pub fn topk_weights_vjp<F: Float, A: Float, I: Int>(
         let id = expert_ids[token * expert_ids.stride(0) + j * expert_ids.stride(1)];
         let last = I::cast_from((num_experts - 1) as u32);
         let id = u32::cast_from(max(min(id, last), I::from_int(0))) as usize;
-        let grad = A::cast_from(
-            grad_weights[token * grad_weights.stride(0) + j * grad_weights.stride(1)],
-        );
+        let grad =
+            A::cast_from(grad_weights[token * grad_weights.stride(0) + j * grad_weights.stride(1)]);
         if normalize {
             let p = A::cast_from(probs[token * probs.stride(0) + id * probs.stride(1)]);
             sum += p;

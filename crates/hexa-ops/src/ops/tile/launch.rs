@@ -1,10 +1,10 @@
 //! Host code shared by the launchers.
 
 use burn::tensor::{DType, Shape};
+use burn_cubecl::CubeRuntime;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
-use burn_cubecl::CubeRuntime;
 use cubecl::ir::AddressType;
 use cubecl::prelude::*;
 use cubecl::server::CubeCountSelection;

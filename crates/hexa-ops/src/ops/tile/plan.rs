@@ -50,7 +50,11 @@ pub(crate) const fn row_source(order: RowOrder, top_k: usize) -> RowSource {
 /// Tensors of f64 are read one by one: four would exceed the widest access of the devices.
 pub(crate) fn vector_size(element_bytes: usize, extents: &[usize]) -> usize {
     let aligned = extents.iter().all(|extent| extent.is_multiple_of(QUAD));
-    if aligned && element_bytes <= 4 { QUAD } else { 1 }
+    if aligned && element_bytes <= 4 {
+        QUAD
+    } else {
+        1
+    }
 }
 
 /// Upper bound of the row tiles, whatever the routing: every expert may have one partial tile.
@@ -94,8 +98,14 @@ mod tests {
             for num_slots in [0, 1, 2, 3, 5, 63, 64, 65, 127, 128, 129, 191, 200] {
                 let worst = worst_row_tiles(num_slots, num_experts);
                 let bound = row_tile_bound(num_slots, num_experts);
-                assert!(worst <= bound, "{num_slots} {num_experts}: {worst} > {bound}");
-                assert!(bound <= worst + 1, "{num_slots} {num_experts}: wasteful {bound}");
+                assert!(
+                    worst <= bound,
+                    "{num_slots} {num_experts}: {worst} > {bound}"
+                );
+                assert!(
+                    bound <= worst + 1,
+                    "{num_slots} {num_experts}: wasteful {bound}"
+                );
             }
         }
     }

@@ -1,0 +1,210 @@
+//! The choice of the back-end at run time. No other file names a concrete one.
+
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::str::FromStr;
+
+use burn::tensor::Tensor;
+use burn::tensor::backend::Backend;
+use hexa_ops::TrainingBackend;
+use serde::{Deserialize, Serialize};
+
+/// The back-ends there are, compiled in or not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BackendKind {
+    /// burn-flex on the processor.
+    Cpu,
+    /// Vulkan, Metal or WebGPU.
+    Wgpu,
+    /// NVIDIA GPUs.
+    Cuda,
+}
+
+impl BackendKind {
+    /// All back-ends.
+    pub const ALL: [BackendKind; 3] = [BackendKind::Cpu, BackendKind::Wgpu, BackendKind::Cuda];
+
+    /// Its name on the command line, which is that of the feature that compiles it in.
+    pub fn name(self) -> &'static str {
+        match self {
+            BackendKind::Cpu => "cpu",
+            BackendKind::Wgpu => "wgpu",
+            BackendKind::Cuda => "cuda",
+        }
+    }
+
+    /// Whether this program contains it.
+    pub fn is_compiled_in(self) -> bool {
+        match self {
+            BackendKind::Cpu => cfg!(feature = "cpu"),
+            BackendKind::Wgpu => cfg!(feature = "wgpu"),
+            BackendKind::Cuda => cfg!(feature = "cuda"),
+        }
+    }
+}
+
+impl fmt::Display for BackendKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for BackendKind {
+    type Err = BackendError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        BackendKind::ALL
+            .into_iter()
+            .find(|kind| kind.name() == text)
+            .ok_or_else(|| BackendError::Unknown(text.to_owned()))
+    }
+}
+
+/// Why a back-end cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum BackendError {
+    /// There is no back-end of this name.
+    #[error("back-end {0:?} is unknown, allowed are cpu, wgpu and cuda")]
+    Unknown(String),
+    /// The program was built without it.
+    #[error(
+        "this program was built without the back-end {kind} (it has: {available}); build it with \
+         `cargo build --release --features {kind}`"
+    )]
+    NotCompiledIn {
+        /// The back-end that was asked for.
+        kind: BackendKind,
+        /// Those that are there.
+        available: String,
+    },
+    /// Its device does not answer.
+    #[error("the back-end {kind} found no usable device: {reason}; {remedy}")]
+    NoDevice {
+        /// The back-end that was asked for.
+        kind: BackendKind,
+        /// The driver's or the back-end's words.
+        reason: String,
+        /// What the user can do.
+        remedy: &'static str,
+    },
+}
+
+/// Work that any back-end can do.
+pub trait Job {
+    /// What comes out of it.
+    type Output;
+
+    /// Does the work on a device that has answered.
+    fn run<B: TrainingBackend>(self, device: &B::Device) -> Self::Output;
+}
+
+/// Runs `job` on the back-end `kind`.
+///
+/// # Errors
+/// [`BackendError`] if the back-end is not compiled in or its device does not answer.
+pub fn dispatch<J: Job>(kind: BackendKind, job: J) -> Result<J::Output, BackendError> {
+    match kind {
+        #[cfg(feature = "cpu")]
+        BackendKind::Cpu => run_on::<hexa_ops::backends::Cpu, J>(kind, job),
+        #[cfg(feature = "wgpu")]
+        BackendKind::Wgpu => run_on::<hexa_ops::backends::Wgpu, J>(kind, job),
+        #[cfg(feature = "cuda")]
+        BackendKind::Cuda => run_on::<hexa_ops::backends::Cuda, J>(kind, job),
+        #[allow(unreachable_patterns)]
+        missing => {
+            let available: Vec<_> = BackendKind::ALL
+                .into_iter()
+                .filter(|kind| kind.is_compiled_in())
+                .map(BackendKind::name)
+                .collect();
+            drop(job);
+            Err(BackendError::NotCompiledIn {
+                kind: missing,
+                available: available.join(", "),
+            })
+        }
+    }
+}
+
+fn run_on<B: hexa_ops::ExpertKernels, J: Job>(
+    kind: BackendKind,
+    job: J,
+) -> Result<J::Output, BackendError> {
+    let device = probe::<B>().map_err(|reason| BackendError::NoDevice {
+        kind,
+        reason,
+        remedy: match kind {
+            BackendKind::Cuda => "check the NVIDIA driver with nvidia-smi, or use --backend cpu",
+            _ => "check the graphics driver with vulkaninfo, or use --backend cpu",
+        },
+    })?;
+    Ok(job.run::<burn::backend::Autodiff<B>>(&device))
+}
+
+/// Opens the default device and has it add two numbers.
+///
+/// Drivers that are missing make the layers below panic; this is the one place where that is
+/// ordinary, and turned into words.
+fn probe<B: Backend>() -> Result<B::Device, String> {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        let device = B::Device::default();
+        let sum = Tensor::<B, 1>::ones([2], &device).sum();
+        let data = sum.try_into_data().map_err(|error| error.to_string())?;
+        match data.iter::<f32>().next() {
+            Some(2.0) => Ok(device),
+            other => Err(format!("it says that 1 + 1 is {other:?}")),
+        }
+    }));
+    std::panic::set_hook(hook);
+    match outcome {
+        Ok(outcome) => outcome,
+        Err(panic) => Err(panic_text(panic.as_ref())),
+    }
+}
+
+/// The first line of a panic's message.
+pub fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("no reason given");
+    text.lines().next().unwrap_or_default().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip_and_others_are_refused() {
+        for kind in BackendKind::ALL {
+            assert_eq!(kind.name().parse(), Ok(kind));
+        }
+        assert!("gpu".parse::<BackendKind>().is_err());
+    }
+
+    struct Name;
+
+    impl Job for Name {
+        type Output = String;
+
+        fn run<B: TrainingBackend>(self, device: &B::Device) -> String {
+            B::name(device)
+        }
+    }
+
+    #[test]
+    fn a_missing_back_end_is_named_with_its_feature() {
+        for kind in BackendKind::ALL {
+            if !kind.is_compiled_in() {
+                let message = dispatch(kind, Name).unwrap_err().to_string();
+                assert!(message.contains(&format!("--features {kind}")), "{message}");
+            }
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! What the command line takes.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::backend::BackendKind;
+
+/// Swin Transformer with Mixture-of-Experts layers: training and what goes with it.
+#[derive(Parser)]
+#[command(name = "swin-moe", version)]
+pub(super) struct Arguments {
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+/// What to do.
+#[derive(Subcommand)]
+pub(super) enum Command {
+    /// Train a model; without arguments, on the embedded handwritten digits.
+    Train(Train),
+    /// Accuracy, loss and expert load on the test images.
+    Eval(Eval),
+    /// The five likeliest classes of image files.
+    Predict(Predict),
+    /// Make a run out of published weights (.pth or .safetensors).
+    Import(Import),
+    /// Write a run's model as safetensors, in the published names.
+    Export(Export),
+    /// Compare with reference numbers of the published model.
+    Parity(Parity),
+}
+
+#[derive(Args)]
+pub(super) struct Train {
+    /// Settings as TOML; without it, those of the embedded digits.
+    #[arg(long, value_name = "FILE", conflicts_with = "resume")]
+    pub(super) config: Option<PathBuf>,
+    /// One setting, over the file's: section.key=value. May be repeated.
+    #[arg(long, value_name = "KEY=VALUE", conflicts_with = "resume")]
+    pub(super) set: Vec<String>,
+    /// Image folder with train/<class>/ and val/<class>/ or test/<class>/.
+    #[arg(long, value_name = "DIR")]
+    pub(super) data: Option<PathBuf>,
+    /// Directory of the new run; runs/<name>-<time> without it.
+    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
+    pub(super) output: Option<PathBuf>,
+    /// Where to compute: cpu, wgpu or cuda, of those compiled in.
+    #[arg(long)]
+    pub(super) backend: Option<BackendKind>,
+    /// Seed of everything random; over train.seed.
+    #[arg(long, conflicts_with = "resume")]
+    pub(super) seed: Option<u64>,
+    /// Stop, with a checkpoint, once this many steps are done since the run's start.
+    #[arg(long, value_name = "N")]
+    pub(super) max_steps: Option<u64>,
+    /// Continue the run in this directory as if it had never stopped.
+    #[arg(long, value_name = "RUN_DIR")]
+    pub(super) resume: Option<PathBuf>,
+}
+
+/// A trained model: a run's directory or a checkpoint file.
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+pub(super) struct Model {
+    /// Directory of a run: its best checkpoint, or the last if there is none.
+    #[arg(long, value_name = "DIR")]
+    pub(super) run: Option<PathBuf>,
+    /// One checkpoint file.
+    #[arg(long, value_name = "FILE")]
+    pub(super) checkpoint: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub(super) struct Eval {
+    #[command(flatten)]
+    pub(super) model: Model,
+    /// Image folder; the run's own without it.
+    #[arg(long, value_name = "DIR")]
+    pub(super) data: Option<PathBuf>,
+    /// Where to compute: cpu, wgpu or cuda, of those compiled in.
+    #[arg(long, default_value_t = BackendKind::Cpu)]
+    pub(super) backend: BackendKind,
+}
+
+#[derive(Args)]
+pub(super) struct Predict {
+    #[command(flatten)]
+    pub(super) model: Model,
+    /// Image files.
+    #[arg(required = true, value_name = "IMAGE")]
+    pub(super) images: Vec<PathBuf>,
+    /// Where to compute: cpu, wgpu or cuda, of those compiled in.
+    #[arg(long, default_value_t = BackendKind::Cpu)]
+    pub(super) backend: BackendKind,
+}
+
+#[derive(Args)]
+pub(super) struct Import {
+    /// Weights of the published model: .pth or .safetensors.
+    #[arg(value_name = "WEIGHTS")]
+    pub(super) weights: PathBuf,
+    /// Settings of the model that they belong to.
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: PathBuf,
+    /// One setting, over the file's: section.key=value. May be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(super) set: Vec<String>,
+    /// Directory of the run to make.
+    #[arg(long, value_name = "DIR")]
+    pub(super) output: PathBuf,
+    /// Keep initial values where the file has none that fit, rather than failing.
+    #[arg(long)]
+    pub(super) allow_partial: bool,
+    /// Where to compute: cpu, wgpu or cuda, of those compiled in.
+    #[arg(long, default_value_t = BackendKind::Cpu)]
+    pub(super) backend: BackendKind,
+}
+
+#[derive(Args)]
+pub(super) struct Export {
+    #[command(flatten)]
+    pub(super) model: Model,
+    /// File to write.
+    #[arg(long, value_name = "FILE")]
+    pub(super) output: PathBuf,
+    /// Where to compute: cpu, wgpu or cuda, of those compiled in.
+    #[arg(long, default_value_t = BackendKind::Cpu)]
+    pub(super) backend: BackendKind,
+}
+
+#[derive(Args)]
+pub(super) struct Parity {
+    /// Folders with config.json, io.safetensors and weights.
+    #[arg(required = true, value_name = "DIR")]
+    pub(super) cases: Vec<PathBuf>,
+    /// Where to compute: cpu, wgpu or cuda, of those compiled in.
+    #[arg(long, default_value_t = BackendKind::Cpu)]
+    pub(super) backend: BackendKind,
+    /// Largest relative error that passes; 1e-4 on the CPU and 1e-3 elsewhere without it.
+    #[arg(long)]
+    pub(super) tolerance: Option<f64>,
+}

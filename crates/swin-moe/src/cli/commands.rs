@@ -1,0 +1,214 @@
+//! What the commands do, beyond calling the library: defaults, and what a person reads.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use hexa_ops::TrainingBackend;
+
+use super::Done;
+use super::arguments;
+use crate::backend::{BackendKind, Job, dispatch};
+use crate::config::{Config, DataSource};
+use crate::parity::{ParityError, ParityReport, run_parity};
+use crate::train::metrics::LayerLoad;
+use crate::train::run_dir::{RunDir, default_output};
+use crate::train::{
+    Control, End, ImportRequest, Outcome, ResumeRequest, StopFlag, TrainRequest, Trained,
+    Verbosity, resume,
+};
+use crate::weights::ImportOptions;
+
+pub(super) fn train(arguments: arguments::Train) -> Result<Done> {
+    let control = Control {
+        max_steps: arguments.max_steps,
+        stop: stop_on_interrupt()?,
+        verbosity: Verbosity::Normal,
+    };
+    let outcome = match arguments.resume {
+        Some(run) => resume(ResumeRequest {
+            run,
+            backend: arguments.backend,
+            data: arguments.data,
+            control,
+        })?,
+        None => crate::train::train(new_run(arguments, control)?)?,
+    };
+    summarise(&outcome);
+    Ok(match outcome.end {
+        End::Interrupted => Done::Interrupted,
+        End::Finished | End::MaxSteps => Done::Success,
+    })
+}
+
+fn new_run(arguments: arguments::Train, control: Control) -> Result<TrainRequest> {
+    let mut config = Config::load(arguments.config.as_deref(), &arguments.set)?;
+    if let Some(folder) = arguments.data {
+        config.data.source = DataSource::Folder(folder);
+    }
+    if let Some(seed) = arguments.seed {
+        ensure!(
+            i64::try_from(seed).is_ok(),
+            "--seed is {seed}, allowed is 0..={}; give a smaller one",
+            i64::MAX
+        );
+        config.train.seed = seed;
+    }
+    let name = run_name(arguments.config.as_deref());
+    Ok(TrainRequest {
+        output: arguments.output.unwrap_or_else(|| default_output(&name)),
+        name,
+        config,
+        backend: arguments.backend.unwrap_or(BackendKind::Cpu),
+        control,
+    })
+}
+
+/// The name of the settings' file, without its ending.
+fn run_name(config: Option<&Path>) -> String {
+    config
+        .and_then(Path::file_stem)
+        .and_then(|stem| stem.to_str())
+        .unwrap_or("digits")
+        .to_owned()
+}
+
+/// The first Ctrl-C asks the run to stop after its step, the second ends the program.
+fn stop_on_interrupt() -> Result<StopFlag> {
+    let stop = StopFlag::default();
+    let flag = stop.clone();
+    ctrlc::set_handler(move || {
+        if flag.raise() {
+            std::process::exit(super::INTERRUPTED.into());
+        }
+        eprintln!("stopping after this step; Ctrl-C again ends at once, without a checkpoint");
+    })
+    .context("cannot listen for Ctrl-C")?;
+    Ok(stop)
+}
+
+fn summarise(outcome: &Outcome) {
+    let root = outcome.run.root().display();
+    if let Some(eval) = &outcome.last_eval {
+        println!("experts' share of the test tokens, by layer:");
+        print!("{}", load_table(&eval.layers));
+        println!(
+            "test accuracy {:.2} % (top-5 {:.2} %), best {:.2} %",
+            eval.top1,
+            eval.top5,
+            outcome.best_top1.unwrap_or(eval.top1)
+        );
+    }
+    println!("report: {}", outcome.run.report().display());
+    if outcome.end != End::Finished {
+        println!(
+            "stopped at step {}; continue with: swin-moe train --resume {root}",
+            outcome.step
+        );
+    }
+}
+
+/// One line per layer, each expert's share in percent.
+fn load_table(layers: &[LayerLoad]) -> String {
+    let mut text = String::new();
+    for (number, layer) in layers.iter().enumerate() {
+        let total = layer.tokens_per_expert.iter().sum::<u64>().max(1) as f64;
+        text += &format!("  layer {}:", number + 1);
+        for &count in &layer.tokens_per_expert {
+            text += &format!(" {:5.1} %", 100.0 * count as f64 / total);
+        }
+        text.push('\n');
+    }
+    text
+}
+
+fn load(model: arguments::Model) -> Result<Trained> {
+    let path: PathBuf = match (model.run, model.checkpoint) {
+        (Some(run), _) => RunDir::open(&run)?.best_or_last(),
+        (None, Some(file)) => file,
+        (None, None) => anyhow::bail!("no model given; name one with --run or --checkpoint"),
+    };
+    Ok(Trained::load(&path)?)
+}
+
+pub(super) fn eval(arguments: arguments::Eval) -> Result<Done> {
+    let trained = load(arguments.model)?;
+    let result = trained.evaluate(arguments.backend, arguments.data)?;
+    let tally = &result.tally;
+    println!("experts' share of the test tokens, by layer:");
+    print!("{}", load_table(&result.loads.loads()));
+    println!(
+        "{} images: top-1 {:.2} %, top-5 {:.2} %, loss {:.4}",
+        tally.images,
+        tally.top1_percent(),
+        tally.top5_percent(),
+        tally.mean_loss()
+    );
+    Ok(Done::Success)
+}
+
+pub(super) fn predict(arguments: arguments::Predict) -> Result<Done> {
+    let trained = load(arguments.model)?;
+    for prediction in trained.predict(arguments.backend, &arguments.images)? {
+        println!("{}", prediction.file.display());
+        for (class, probability) in &prediction.classes {
+            println!("  {:6.2} %  {class}", 100.0 * probability);
+        }
+    }
+    Ok(Done::Success)
+}
+
+pub(super) fn import(arguments: arguments::Import) -> Result<Done> {
+    let report = crate::train::import(ImportRequest {
+        weights: arguments.weights,
+        config: Config::load(Some(&arguments.config), &arguments.set)?,
+        name: run_name(Some(&arguments.config)),
+        output: arguments.output.clone(),
+        backend: arguments.backend,
+        options: ImportOptions {
+            allow_partial: arguments.allow_partial,
+        },
+    })?;
+    println!("{report}");
+    println!(
+        "run: {}; evaluate it with: swin-moe eval --run {0} --data DIR",
+        arguments.output.display()
+    );
+    Ok(Done::Success)
+}
+
+pub(super) fn export(arguments: arguments::Export) -> Result<Done> {
+    load(arguments.model)?.export(arguments.backend, &arguments.output)?;
+    println!("wrote {}", arguments.output.display());
+    Ok(Done::Success)
+}
+
+struct ParityJob {
+    case: PathBuf,
+    tolerance: f64,
+}
+
+impl Job for ParityJob {
+    type Output = Result<ParityReport, ParityError>;
+
+    fn run<B: TrainingBackend>(self, device: &B::Device) -> Self::Output {
+        run_parity::<B>(&self.case, device, self.tolerance)
+    }
+}
+
+pub(super) fn parity(arguments: arguments::Parity) -> Result<Done> {
+    let tolerance = arguments.tolerance.unwrap_or(match arguments.backend {
+        BackendKind::Cpu => 1e-4,
+        BackendKind::Wgpu | BackendKind::Cuda => 1e-3,
+    });
+    ensure!(
+        tolerance.is_finite() && tolerance > 0.0,
+        "--tolerance is {tolerance}, allowed is a number above 0; give 1e-4, say"
+    );
+    let mut passed = true;
+    for case in arguments.cases {
+        let report = dispatch(arguments.backend, ParityJob { case, tolerance })??;
+        println!("{report}");
+        passed &= report.passed();
+    }
+    Ok(if passed { Done::Success } else { Done::Failed })
+}

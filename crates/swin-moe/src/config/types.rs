@@ -1,0 +1,255 @@
+//! Validated settings.
+
+use std::path::PathBuf;
+
+use hexa_ops::{Activation, MatmulPrecision};
+use serde::{Deserialize, Serialize};
+
+/// A run's settings, every one checked, alone and against the others.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Config {
+    /// The network.
+    pub model: ModelConfig,
+    /// Its Mixture-of-Experts layers.
+    pub moe: MoeSettings,
+    /// Optimisation.
+    pub train: TrainConfig,
+    /// Preparation of images.
+    pub augment: AugmentConfig,
+    /// Where images come from.
+    pub data: DataConfig,
+    /// What is saved when.
+    pub checkpoint: CheckpointConfig,
+    /// Devices.
+    pub parallel: ParallelConfig,
+}
+
+/// The network.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct ModelConfig {
+    /// Height and width of the images, in pixels; a multiple of `patch_size`.
+    pub image_size: usize,
+    /// Height and width of a patch, in pixels.
+    pub patch_size: usize,
+    /// 1 (grey) or 3 (RGB).
+    pub in_chans: usize,
+    /// Number of classes; `None` takes it from the data.
+    pub num_classes: Option<usize>,
+    /// Channels of the first stage; each further stage has twice as many.
+    pub embed_dim: usize,
+    /// Number of blocks of each stage.
+    pub depths: Vec<usize>,
+    /// Attention heads of each stage, divisors of its channels.
+    pub num_heads: Vec<usize>,
+    /// Height and width of an attention window, in tokens; clamped to a stage's grid.
+    pub window_size: usize,
+    /// Hidden width of the MLPs over their channels.
+    pub mlp_ratio: f64,
+    /// Whether the patch embedding ends with a layer norm.
+    pub patch_norm: bool,
+    /// Probability that a sample skips the last block's branches; rises linearly with depth.
+    pub drop_path_rate: f64,
+    /// Window of each stage that the position bias is scaled to; 0 for the stage's own.
+    pub pretrained_window_sizes: Vec<usize>,
+}
+
+/// What all Mixture-of-Experts layers of a model have in common.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct MoeSettings {
+    /// Indices of the blocks of each stage whose MLP is a Mixture-of-Experts layer, ascending;
+    /// one list for each stage.
+    pub blocks: Vec<Vec<usize>>,
+    /// Experts of each layer.
+    pub num_experts: usize,
+    /// Experts per token.
+    pub top_k: usize,
+    /// How tokens are compared with experts.
+    pub router: RouterKind,
+    /// Width of the cosine router's projection.
+    pub cosine_router_dim: usize,
+    /// Initial temperature of the cosine router.
+    pub cosine_router_init_t: f64,
+    /// Standard deviation, times the number of experts, of the noise on the router's logits.
+    pub gate_noise: f64,
+    /// Whether a token's gate weights are divided by their sum.
+    pub normalize_gate: bool,
+    /// The balance loss.
+    pub aux_loss: AuxLoss,
+    /// Weight of the balance loss.
+    pub aux_loss_weight: f64,
+    /// Weight of the router's z-loss.
+    pub z_loss_weight: f64,
+    /// Dropout after the experts' activation.
+    pub dropout: f64,
+    /// The experts' activation.
+    pub activation: Activation,
+    /// Whether the second layer of the experts has a trained bias.
+    pub fc2_bias: bool,
+    /// Standard deviation of the experts' initial weights.
+    pub init_std: f64,
+    /// Hidden width of the shared expert; `None` for no shared expert.
+    pub shared_d_ff: Option<usize>,
+}
+
+/// How tokens are compared with experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RouterKind {
+    /// One linear projection, no bias.
+    #[default]
+    Linear,
+    /// Cosine of a projection with each expert's vector, over a learned temperature.
+    Cosine,
+}
+
+/// The loss that keeps experts evenly loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AuxLoss {
+    /// Product of each expert's share of tokens and its mean probability.
+    Gshard,
+    /// Squared coefficients of variation of load and importance.
+    #[default]
+    LoadImportance,
+}
+
+/// Arithmetic of the training step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Precision {
+    /// IEEE f32 throughout.
+    #[default]
+    F32,
+    /// f32 storage and sums; dense products may round their operands to TF32.
+    Tf32,
+}
+
+impl Precision {
+    /// Arithmetic of dense matrix products.
+    pub fn matmul(self) -> MatmulPrecision {
+        match self {
+            Precision::F32 => MatmulPrecision::Strict,
+            Precision::Tf32 => MatmulPrecision::Tf32,
+        }
+    }
+}
+
+/// Optimisation.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct TrainConfig {
+    /// Passes over the training images.
+    pub epochs: usize,
+    /// Images per step.
+    pub batch_size: usize,
+    /// Learning rate after the warm-up, as written; see [`TrainConfig::lr_scale`].
+    pub lr: f64,
+    /// Learning rate of the first step, as written.
+    pub warmup_lr: f64,
+    /// Learning rate at the end, as written.
+    pub min_lr: f64,
+    /// Epochs of linear warm-up.
+    pub warmup_epochs: usize,
+    /// Batch size that the learning rates are meant for, if they are to be scaled.
+    pub lr_scale_batch: Option<usize>,
+    /// AdamW's decoupled weight decay.
+    pub weight_decay: f64,
+    /// Largest norm of all gradients together; `None` does not clip.
+    pub clip_grad: Option<f64>,
+    /// AdamW's decay rates of the two moments.
+    pub betas: [f64; 2],
+    /// AdamW's ε.
+    pub eps: f64,
+    /// Share of the target probability that is spread over all classes.
+    pub label_smoothing: f64,
+    /// Seed of all randomness.
+    pub seed: u64,
+    /// Arithmetic.
+    pub precision: Precision,
+    /// Steps between two log lines.
+    pub log_every: usize,
+    /// Epochs between two evaluations.
+    pub eval_every_epochs: usize,
+    /// Images per step of evaluation.
+    pub eval_batch_size: usize,
+}
+
+impl TrainConfig {
+    /// Factor of all learning rates: `batch_size / lr_scale_batch`, or 1.
+    pub fn lr_scale(&self) -> f64 {
+        self.lr_scale_batch
+            .map_or(1.0, |batch| self.batch_size as f64 / batch as f64)
+    }
+}
+
+/// Preparation of images.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct AugmentConfig {
+    /// Pixels of black on every side before a random crop back to the image's size.
+    pub random_crop_padding: usize,
+    /// Whether half of the training images are mirrored left to right.
+    pub flip: bool,
+    /// Whether training images are random parts of the originals, resized.
+    pub random_resized_crop: bool,
+    /// Least and greatest share of the original's area in a random part.
+    pub crop_scale: [f64; 2],
+    /// Least and greatest width over height of a random part.
+    pub crop_ratio: [f64; 2],
+    /// Mean of each channel, of pixels in 0..=1; `in_chans` numbers.
+    pub mean: Vec<f64>,
+    /// Standard deviation of each channel; `in_chans` numbers.
+    pub std: Vec<f64>,
+}
+
+/// Where images come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DataConfig {
+    /// The images.
+    pub source: DataSource,
+    /// Threads that decode and prepare images; `None` is one for each core.
+    pub workers: Option<usize>,
+    /// Unreadable images that are skipped, in each split, before the run is stopped.
+    pub max_corrupt: usize,
+    /// Bytes of decoded images that are kept in memory, for each split.
+    pub cache_bytes: u64,
+}
+
+impl DataConfig {
+    /// Threads that decode and prepare images, on this machine.
+    pub fn num_workers(&self) -> usize {
+        self.workers.unwrap_or_else(|| {
+            std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+        })
+    }
+}
+
+/// Where images come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DataSource {
+    /// The digits inside the program.
+    Digits,
+    /// A folder with `train/<class>/` and `val/<class>/` or `test/<class>/`.
+    Folder(PathBuf),
+}
+
+/// What is saved when.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CheckpointConfig {
+    /// Steps between two checkpoints; `None` saves at the end of each epoch only.
+    pub every_steps: Option<usize>,
+    /// How many of the latest checkpoints are kept, besides the best.
+    pub keep_last: usize,
+}
+
+/// Devices.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ParallelConfig {
+    /// Devices that train together.
+    pub ranks: usize,
+}

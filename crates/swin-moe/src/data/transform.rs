@@ -1,0 +1,186 @@
+//! What happens to an image between its file and a batch.
+
+use rand::{Rng, RngExt};
+
+use crate::config::{AugmentConfig, Config};
+
+use super::dataset::Split;
+use super::pixels::{Area, Fit, Pixels};
+
+/// Attempts at a random part before the whole image is taken.
+const CROP_ATTEMPTS: usize = 10;
+
+/// Everything that one split does to its images: a fixed part, whose result can be kept, and a
+/// random part.
+#[derive(Debug, Clone)]
+pub(super) struct Pipeline {
+    /// The fixed part.
+    pub(super) fit: Fit,
+    crop: Crop,
+    flip: bool,
+    size: usize,
+    /// Normalised value of each byte, for each channel.
+    normalised: Vec<[f32; 256]>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Crop {
+    /// None: the image has its size already.
+    None,
+    /// A window of the image's size in the image with a black border of this many pixels.
+    Padded(usize),
+    /// A random part, resized.
+    Resized {
+        /// Range of the part's share of the area.
+        scale: [f64; 2],
+        /// Range of the part's width over its height.
+        ratio: [f64; 2],
+    },
+}
+
+impl Pipeline {
+    /// What the settings ask for.
+    ///
+    /// Training images keep their original size if a random part of them is to be resized, and
+    /// are brought to `image_size` around their centre otherwise. Evaluation images are brought to
+    /// `image_size` around their centre; after training on random parts, which show objects
+    /// larger, 224/256 of the short side is kept, as published.
+    pub(super) fn new(config: &Config, split: Split) -> Self {
+        let size = config.model.image_size;
+        let augment = &config.augment;
+        let centre = |resize| Fit::Centre { resize, crop: size };
+        let (fit, crop, flip) = match (split, augment.random_resized_crop) {
+            (Split::Train, true) => (Fit::Original, resized_crop(augment), augment.flip),
+            (Split::Train, false) => (centre(size), padded_crop(augment), augment.flip),
+            (Split::Eval, true) => (centre(size * 256 / 224), Crop::None, false),
+            (Split::Eval, false) => (centre(size), Crop::None, false),
+        };
+        Self {
+            fit,
+            crop,
+            flip,
+            size,
+            normalised: normalisation(augment),
+        }
+    }
+
+    /// Channels of the result.
+    pub(super) fn channels(&self) -> usize {
+        self.normalised.len()
+    }
+
+    /// Pixels a side of the result.
+    pub(super) fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Values of one image in a batch.
+    pub(super) fn values_per_image(&self) -> usize {
+        self.channels() * self.size * self.size
+    }
+
+    /// Applies the random part to a fitted image and appends the normalised values, channel by
+    /// channel, row by row.
+    pub(super) fn apply(&self, image: &Pixels, rng: &mut impl Rng, out: &mut Vec<f32>) {
+        match self.crop {
+            Crop::None => {
+                let flip = self.draw_flip(rng);
+                self.write(image, [0, 0], flip, out);
+            }
+            Crop::Padded(padding) => {
+                let offsets = [(); 2].map(|()| rng.random_range(0..=2 * padding as u32) as isize);
+                let flip = self.draw_flip(rng);
+                self.write(image, offsets.map(|o| o - padding as isize), flip, out);
+            }
+            Crop::Resized { scale, ratio } => {
+                let area = random_area(image, scale, ratio, rng);
+                let flip = self.draw_flip(rng);
+                let part = image.resized(area, self.size, self.size);
+                self.write(&part, [0, 0], flip, out);
+            }
+        }
+    }
+
+    fn draw_flip(&self, rng: &mut impl Rng) -> bool {
+        self.flip && rng.random_bool(0.5)
+    }
+
+    /// Writes the window of the result's size whose corner is at `[row, column]` of the image;
+    /// what lies outside of the image is black.
+    fn write(&self, image: &Pixels, corner: [isize; 2], flip: bool, out: &mut Vec<f32>) {
+        let channels = self.channels();
+        let row_bytes = image.width() * channels;
+        for (channel, table) in self.normalised.iter().enumerate() {
+            for y in 0..self.size {
+                let row = usize::try_from(y as isize + corner[0])
+                    .ok()
+                    .and_then(|row| image.data().get(row * row_bytes..(row + 1) * row_bytes));
+                for x in 0..self.size {
+                    let x = if flip { self.size - 1 - x } else { x };
+                    let byte = row.and_then(|row| {
+                        let column = usize::try_from(x as isize + corner[1]).ok()?;
+                        row.get(column * channels + channel)
+                    });
+                    out.push(table[usize::from(byte.copied().unwrap_or(0))]);
+                }
+            }
+        }
+    }
+}
+
+fn padded_crop(augment: &AugmentConfig) -> Crop {
+    match augment.random_crop_padding {
+        0 => Crop::None,
+        padding => Crop::Padded(padding),
+    }
+}
+
+fn resized_crop(augment: &AugmentConfig) -> Crop {
+    Crop::Resized {
+        scale: augment.crop_scale,
+        ratio: augment.crop_ratio,
+    }
+}
+
+/// `(byte / 255 − mean) / std`, in f32 as the reference implementations compute it.
+fn normalisation(augment: &AugmentConfig) -> Vec<[f32; 256]> {
+    augment
+        .mean
+        .iter()
+        .zip(&augment.std)
+        .map(|(&mean, &std)| {
+            std::array::from_fn(|byte| (byte as f32 / 255.0 - mean as f32) / std as f32)
+        })
+        .collect()
+}
+
+/// Draws a part of the image: its share of the area uniformly, the logarithm of its width over
+/// its height uniformly, its place uniformly. If none of the draws fits into the image, the
+/// largest centred part with an allowed shape is taken.
+fn random_area(image: &Pixels, scale: [f64; 2], ratio: [f64; 2], rng: &mut impl Rng) -> Area {
+    let (width, height) = (image.width() as f64, image.height() as f64);
+    let log_ratio = ratio.map(f64::ln);
+    for _ in 0..CROP_ATTEMPTS {
+        let area = width * height * rng.random_range(scale[0]..=scale[1]);
+        let shape = rng.random_range(log_ratio[0]..=log_ratio[1]).exp();
+        let (w, h) = ((area * shape).sqrt().round(), (area / shape).sqrt().round());
+        if (1.0..=width).contains(&w) && (1.0..=height).contains(&h) {
+            let (w, h) = (w as u32, h as u32);
+            return Area {
+                x: rng.random_range(0..=image.width() as u32 - w),
+                y: rng.random_range(0..=image.height() as u32 - h),
+                width: w,
+                height: h,
+            };
+        }
+    }
+    let shape = (width / height).clamp(ratio[0], ratio[1]);
+    let w = (height * shape).round().clamp(1.0, width) as u32;
+    let h = (width / shape).round().clamp(1.0, height) as u32;
+    Area {
+        x: (image.width() as u32 - w) / 2,
+        y: (image.height() as u32 - h) / 2,
+        width: w,
+        height: h,
+    }
+}

@@ -1,0 +1,46 @@
+//! Accuracy, loss and experts' load on the test set.
+
+use hexa_ops::ExpertOps;
+
+use super::device::{read, upload};
+use super::error::Result;
+use super::images::TestImages;
+use super::tally::{LoadTally, Tally};
+use crate::model::SwinMoe;
+
+/// Sums over the test set.
+#[derive(Debug, Clone, Default)]
+pub struct Evaluation {
+    /// Accuracy and loss.
+    pub tally: Tally,
+    /// Experts' load.
+    pub loads: LoadTally,
+}
+
+/// Runs the model over all test images, the last partial batch included.
+///
+/// # Errors
+/// [`super::TrainError`] if images cannot be read or the device fails.
+pub fn evaluate<B: ExpertOps>(
+    model: &SwinMoe<B>,
+    images: &TestImages,
+    batch_size: usize,
+    device: &B::Device,
+) -> Result<Evaluation> {
+    let mut evaluation = Evaluation::default();
+    for batch in images.batches(batch_size)? {
+        let batch = batch?;
+        let labels: Vec<usize> = batch.labels.iter().map(|&label| label as usize).collect();
+        let (images, _) = upload::<B>(batch, device);
+        let output = model.forward(images)?;
+        let logits = read(output.logits, "scores")?;
+        evaluation.tally.add(&logits.values, &labels);
+        let reports = output
+            .loads
+            .iter()
+            .map(|load| Ok(load.read()?))
+            .collect::<Result<Vec<_>>>()?;
+        evaluation.loads.add(&reports);
+    }
+    Ok(evaluation)
+}

@@ -1,0 +1,268 @@
+//! What can be done with a trained model: evaluate, predict, export; and importing one.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Tensor, TensorData};
+use hexa_ops::TrainingBackend;
+
+use super::checkpoint::{Checkpoint, RunState};
+use super::device::read;
+use super::error::{Result, TrainError};
+use super::evaluate::{Evaluation, evaluate};
+use super::images::{TestImages, prepare_file};
+use super::params::{read_params, write_params};
+use super::run_dir::RunDir;
+use super::setup::check_classes;
+use super::tally::softmax;
+use crate::backend::{BackendKind, Job, dispatch};
+use crate::config::{Config, DataSource};
+use crate::model::SwinMoe;
+use crate::settings::model_config;
+use crate::weights::{ImportOptions, ImportReport, export_safetensors, import_file};
+
+/// Images per step when predicting.
+const PREDICT_BATCH: usize = 32;
+
+/// A checkpoint that has been read and whose settings have been checked.
+#[derive(Debug)]
+pub struct Trained {
+    path: PathBuf,
+    checkpoint: Checkpoint,
+    config: Config,
+}
+
+impl Trained {
+    /// Reads a checkpoint file.
+    ///
+    /// # Errors
+    /// [`TrainError`] if it is missing, damaged or of another version.
+    pub fn load(path: &Path) -> Result<Self> {
+        let checkpoint = Checkpoint::load(path)?;
+        let origin = "the checkpoint's configuration";
+        let config = Config::from_toml::<&str>(&checkpoint.state.config, origin, &[])?;
+        Ok(Trained {
+            path: path.to_path_buf(),
+            checkpoint,
+            config,
+        })
+    }
+
+    /// Where the run stood.
+    pub fn state(&self) -> &RunState {
+        &self.checkpoint.state
+    }
+
+    /// The run's settings.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Accuracy, loss and load on the test images, of `folder` if given.
+    ///
+    /// # Errors
+    /// [`TrainError`] if the images do not fit the model or cannot be read.
+    pub fn evaluate(mut self, backend: BackendKind, folder: Option<PathBuf>) -> Result<Evaluation> {
+        if let Some(folder) = folder {
+            self.config.data.source = DataSource::Folder(folder);
+        }
+        let images = TestImages::open(&self.config)?;
+        check_classes(&self.checkpoint.state, images.class_names(), &self.path)?;
+        let trained = self;
+        dispatch(backend, Evaluate { trained, images })?
+    }
+
+    /// The five likeliest classes of each image file, in order.
+    ///
+    /// # Errors
+    /// [`TrainError`] for the first file that cannot be read.
+    pub fn predict(self, backend: BackendKind, files: &[PathBuf]) -> Result<Vec<Prediction>> {
+        let job = Predict {
+            trained: self,
+            files: files.to_vec(),
+        };
+        dispatch(backend, job)?
+    }
+
+    /// Writes the model in the published names and layout.
+    ///
+    /// # Errors
+    /// [`TrainError`] if the file cannot be written.
+    pub fn export(self, backend: BackendKind, output: &Path) -> Result<()> {
+        let job = Export {
+            trained: self,
+            output: output.to_path_buf(),
+        };
+        dispatch(backend, job)?
+    }
+
+    /// The model on a device, without autodiff.
+    fn model<B: TrainingBackend>(
+        self,
+        device: &B::Device,
+    ) -> Result<(SwinMoe<B::InnerBackend>, RunState, Config)> {
+        let state = self.checkpoint.state;
+        let config = model_config(&self.config, state.class_names.len())?;
+        let model = config.init::<B::InnerBackend>(device)?;
+        let model = write_params(model, self.checkpoint.model).map_err(|reason| {
+            TrainError::Checkpoint {
+                path: self.path,
+                reason,
+                remedy: "it was written by another version of this program",
+            }
+        })?;
+        Ok((model, state, self.config))
+    }
+}
+
+struct Evaluate {
+    trained: Trained,
+    images: TestImages,
+}
+
+impl Job for Evaluate {
+    type Output = Result<Evaluation>;
+
+    fn run<B: TrainingBackend>(self, device: &B::Device) -> Result<Evaluation> {
+        let (model, _, config) = self.trained.model::<B>(device)?;
+        evaluate(&model, &self.images, config.train.eval_batch_size, device)
+    }
+}
+
+/// What the model takes an image for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Prediction {
+    /// The image file.
+    pub file: PathBuf,
+    /// Class names and probabilities, likeliest first; five, or as many as there are.
+    pub classes: Vec<(String, f64)>,
+}
+
+struct Predict {
+    trained: Trained,
+    files: Vec<PathBuf>,
+}
+
+impl Job for Predict {
+    type Output = Result<Vec<Prediction>>;
+
+    fn run<B: TrainingBackend>(self, device: &B::Device) -> Self::Output {
+        let (model, state, config) = self.trained.model::<B>(device)?;
+        let (channels, size) = (config.model.in_chans, config.model.image_size);
+        let mut predictions = Vec::with_capacity(self.files.len());
+        for files in self.files.chunks(PREDICT_BATCH) {
+            let mut pixels = Vec::new();
+            for file in files {
+                pixels.extend(prepare_file(&config, file)?);
+            }
+            let shape = [files.len(), channels, size, size];
+            let images = Tensor::from_data(TensorData::new(pixels, shape), device);
+            let logits = read(model.forward(images)?.logits, "scores")?;
+            let rows = logits.values.chunks_exact(state.class_names.len().max(1));
+            for (file, row) in files.iter().zip(rows) {
+                predictions.push(Prediction {
+                    file: file.clone(),
+                    classes: likeliest(row, &state.class_names),
+                });
+            }
+        }
+        Ok(predictions)
+    }
+}
+
+fn likeliest(logits: &[f32], names: &[String]) -> Vec<(String, f64)> {
+    let mut classes: Vec<(String, f64)> = names.iter().cloned().zip(softmax(logits)).collect();
+    classes.sort_by(|a, b| b.1.total_cmp(&a.1));
+    classes.truncate(5);
+    classes
+}
+
+struct Export {
+    trained: Trained,
+    output: PathBuf,
+}
+
+impl Job for Export {
+    type Output = Result<()>;
+
+    fn run<B: TrainingBackend>(self, device: &B::Device) -> Result<()> {
+        let (model, ..) = self.trained.model::<B>(device)?;
+        Ok(export_safetensors(&model, &self.output)?)
+    }
+}
+
+/// Published weights, to be made a run.
+#[derive(Debug, Clone)]
+pub struct ImportRequest {
+    /// A `.pth` or `.safetensors` file in the published names.
+    pub weights: PathBuf,
+    /// The settings of the model it belongs to.
+    pub config: Config,
+    /// The name of the run.
+    pub name: String,
+    /// The run's directory: new, or empty.
+    pub output: PathBuf,
+    /// Where to compute.
+    pub backend: BackendKind,
+    /// How much to forgive.
+    pub options: ImportOptions,
+}
+
+/// Makes a run directory out of published weights, to be evaluated or trained further.
+///
+/// # Errors
+/// [`TrainError`] with every missing, unexpected and mis-shaped tensor.
+pub fn import(request: ImportRequest) -> Result<ImportReport> {
+    dispatch(request.backend, Import { request })?
+}
+
+struct Import {
+    request: ImportRequest,
+}
+
+impl Job for Import {
+    type Output = Result<ImportReport>;
+
+    fn run<B: TrainingBackend>(self, device: &B::Device) -> Self::Output {
+        let request = self.request;
+        let config = request.config;
+        let num_classes = config.model.num_classes.ok_or_else(|| {
+            TrainError::Request(
+                "the number of classes is not set, and weights do not come with data to count \
+                 them in; give it with --set model.num_classes=N"
+                    .to_owned(),
+            )
+        })?;
+        let model = model_config(&config, num_classes)?.init::<B::InnerBackend>(device)?;
+        let (model, report) = import_file(model, &request.weights, request.options)?;
+        let weights = read_params(&model).map_err(TrainError::device("while weights were read"))?;
+        let checkpoint = Checkpoint {
+            state: RunState {
+                name: request.name,
+                step: 0,
+                epoch: 0,
+                batch: 0,
+                ce_sum_bits: 0,
+                aux_sum_bits: 0,
+                best_top1: None,
+                metrics_bytes: 0,
+                backend: request.backend,
+                seed: config.train.seed,
+                config: config.to_toml(),
+                class_names: (0..num_classes).map(|class| class.to_string()).collect(),
+            },
+            model: weights,
+            optimizer: Default::default(),
+        };
+        let run = RunDir::create(&request.output)?;
+        for (path, text) in [
+            (run.config(), config.to_toml()),
+            (run.metrics(), String::new()),
+        ] {
+            fs::write(&path, text).map_err(TrainError::io("write", path))?;
+        }
+        checkpoint.save(&run.best())?;
+        checkpoint.save(&run.last())?;
+        Ok(report)
+    }
+}

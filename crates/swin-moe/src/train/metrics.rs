@@ -1,0 +1,275 @@
+//! `metrics.jsonl`: one JSON object per line, appended as the run goes.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::error::{Result, TrainError};
+
+/// One line of `metrics.jsonl`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Record {
+    /// An optimizer step, every `train.log_every` of them.
+    Step(StepRecord),
+    /// An evaluation on the whole test set.
+    Eval(EvalRecord),
+}
+
+/// What one optimizer step saw.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// Optimizer steps done, this one included.
+    pub step: u64,
+    /// The epoch of the step's batch, from one.
+    pub epoch: u64,
+    /// Cross entropy plus auxiliary loss.
+    pub loss: f32,
+    /// Cross entropy with label smoothing.
+    pub ce_loss: f32,
+    /// Auxiliary losses of all MoE layers, weighted.
+    pub aux_loss: f32,
+    /// The learning rate that the step used.
+    pub lr: f64,
+    /// Norm of all gradients together, before clipping.
+    pub grad_norm: f32,
+    /// Images trained on per second since the previous line.
+    pub images_per_s: f64,
+    /// Load of each MoE layer's experts in this step, layers in the model's order.
+    pub layers: Vec<LayerLoad>,
+}
+
+/// How a batch spread over the experts of one MoE layer.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct LayerLoad {
+    /// Slots (token, choice) that each expert worked on.
+    pub tokens_per_expert: Vec<u64>,
+    /// Entropy of the load, 1 for an even one.
+    pub entropy: f64,
+    /// Share of the experts' arithmetic spent on missing rows of tiles.
+    pub tile_waste: f64,
+}
+
+impl From<hexa_moe::LoadReport> for LayerLoad {
+    fn from(report: hexa_moe::LoadReport) -> Self {
+        LayerLoad {
+            entropy: report.load_entropy,
+            tile_waste: report.tile_waste,
+            tokens_per_expert: report.tokens_per_expert,
+        }
+    }
+}
+
+impl LayerLoad {
+    /// Each expert's share of the slots.
+    pub fn shares(&self) -> Vec<f64> {
+        let total = self.tokens_per_expert.iter().sum::<u64>().max(1) as f64;
+        self.tokens_per_expert
+            .iter()
+            .map(|&tokens| tokens as f64 / total)
+            .collect()
+    }
+}
+
+/// An evaluation on the whole test set.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EvalRecord {
+    /// Optimizer steps done before it.
+    pub step: u64,
+    /// Epochs done before it.
+    pub epoch: u64,
+    /// Images whose label is the highest-scored class, in percent.
+    pub top1: f32,
+    /// Images whose label is among the five highest-scored classes, in percent.
+    pub top5: f32,
+    /// Mean cross entropy, without label smoothing.
+    pub loss: f32,
+    /// Images evaluated.
+    pub images: u64,
+    /// Mean training cross entropy over the epoch's steps.
+    pub train_ce_loss: f32,
+    /// Mean auxiliary loss over the epoch's steps.
+    pub train_aux_loss: f32,
+    /// Load of each MoE layer's experts over the test set, layers in the model's order.
+    pub layers: Vec<LayerLoad>,
+}
+
+/// Appends records to `metrics.jsonl`.
+#[derive(Debug)]
+pub struct MetricsWriter {
+    path: PathBuf,
+    file: File,
+    length: u64,
+}
+
+impl MetricsWriter {
+    /// Starts an empty file.
+    ///
+    /// # Errors
+    /// [`TrainError::Io`] if it cannot be created.
+    pub fn create(path: &Path) -> Result<Self> {
+        let file = File::create(path).map_err(TrainError::io("create", path))?;
+        Ok(MetricsWriter {
+            path: path.to_path_buf(),
+            file,
+            length: 0,
+        })
+    }
+
+    /// Continues a file, dropping what was written after its first `length` bytes.
+    ///
+    /// # Errors
+    /// [`TrainError::RunDir`] if the file is shorter than that, [`TrainError::Io`] if it cannot
+    /// be opened.
+    pub fn resume(path: &Path, length: u64) -> Result<Self> {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .open(path)
+            .map_err(TrainError::io("open", path))?;
+        let found = file
+            .metadata()
+            .map_err(TrainError::io("inspect", path))?
+            .len();
+        if found < length {
+            return Err(TrainError::RunDir {
+                path: path.to_path_buf(),
+                reason: format!("it has {found} bytes, the checkpoint was written after {length}"),
+                remedy: "restore the file, or start a new run".to_owned(),
+            });
+        }
+        file.set_len(length)
+            .and_then(|()| file.seek(SeekFrom::Start(length)))
+            .map_err(TrainError::io("truncate", path))?;
+        Ok(MetricsWriter {
+            path: path.to_path_buf(),
+            file,
+            length,
+        })
+    }
+
+    /// Appends one line.
+    ///
+    /// # Errors
+    /// [`TrainError::Io`] if it cannot be written.
+    pub fn append(&mut self, record: &Record) -> Result<()> {
+        let mut line = serde_json::to_vec(record)
+            .map_err(std::io::Error::from)
+            .map_err(TrainError::io("write", &self.path))?;
+        line.push(b'\n');
+        self.file
+            .write_all(&line)
+            .map_err(TrainError::io("write", &self.path))?;
+        self.length += line.len() as u64;
+        Ok(())
+    }
+
+    /// Makes all lines durable and says how long the file is, for a checkpoint.
+    ///
+    /// # Errors
+    /// [`TrainError::Io`] if the system cannot write them out.
+    pub fn sync(&mut self) -> Result<u64> {
+        self.file
+            .sync_data()
+            .map_err(TrainError::io("synchronise", &self.path))?;
+        Ok(self.length)
+    }
+}
+
+/// Reads all records of a file; a last line without its end is left out.
+///
+/// # Errors
+/// [`TrainError::Io`] if the file cannot be read, [`TrainError::RunDir`] naming the first line
+/// that is not a record.
+pub fn read_records(path: &Path) -> Result<Vec<Record>> {
+    let text = fs::read_to_string(path).map_err(TrainError::io("read", path))?;
+    let whole = match text.rfind('\n') {
+        Some(end) => &text[..end],
+        None => "",
+    };
+    whole
+        .lines()
+        .enumerate()
+        .map(|(number, line)| {
+            serde_json::from_str(line).map_err(|error| TrainError::RunDir {
+                path: path.to_path_buf(),
+                reason: format!("line {} is not a record: {error}", number + 1),
+                remedy: "restore the file, or start a new run".to_owned(),
+            })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(step: u64) -> Record {
+        Record::Step(StepRecord {
+            step,
+            epoch: 1,
+            loss: 2.25,
+            ce_loss: 2.125,
+            aux_loss: 0.125,
+            lr: 1e-3,
+            grad_norm: 0.7,
+            images_per_s: 100.0,
+            layers: vec![LayerLoad {
+                tokens_per_expert: vec![3, 0, 1],
+                entropy: 0.5,
+                tile_waste: 0.25,
+            }],
+        })
+    }
+
+    #[test]
+    fn lines_have_the_documented_keys() {
+        let value = serde_json::to_value(step(3)).unwrap();
+        assert_eq!(value["kind"], "step");
+        for key in [
+            "step",
+            "epoch",
+            "loss",
+            "ce_loss",
+            "aux_loss",
+            "lr",
+            "grad_norm",
+            "images_per_s",
+        ] {
+            assert!(value[key].is_number(), "{key}");
+        }
+        assert_eq!(value["layers"][0]["tokens_per_expert"][0], 3);
+    }
+
+    #[test]
+    fn resuming_drops_exactly_what_came_later() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metrics.jsonl");
+        let mut writer = MetricsWriter::create(&path).unwrap();
+        writer.append(&step(1)).unwrap();
+        let length = writer.sync().unwrap();
+        writer.append(&step(2)).unwrap();
+        drop(writer);
+        fs::write(
+            &path,
+            [fs::read(&path).unwrap(), b"{\"kind\":".to_vec()].concat(),
+        )
+        .unwrap();
+        assert_eq!(read_records(&path).unwrap(), [step(1), step(2)]);
+
+        let mut writer = MetricsWriter::resume(&path, length).unwrap();
+        writer.append(&step(9)).unwrap();
+        assert_eq!(read_records(&path).unwrap(), [step(1), step(9)]);
+        assert!(MetricsWriter::resume(&path, 1 << 20).is_err());
+    }
+
+    #[test]
+    fn shares_of_an_idle_layer_are_zero() {
+        let load = LayerLoad {
+            tokens_per_expert: vec![0, 0],
+            ..LayerLoad::default()
+        };
+        assert_eq!(load.shares(), [0.0, 0.0]);
+    }
+}

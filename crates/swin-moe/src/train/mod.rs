@@ -1,0 +1,35 @@
+//! Training: loop, optimizer, schedule, metrics, checkpoints and report.
+//!
+//! [`train`] starts a run, [`resume`] continues one; [`Trained`] is what a checkpoint can be used
+//! for. None of them is generic: the back-end is a value, see [`crate::backend`].
+
+pub mod checkpoint;
+mod device;
+mod error;
+mod evaluate;
+mod images;
+mod inference;
+mod interrupt;
+mod loss;
+pub mod metrics;
+pub mod optimizer;
+pub mod params;
+mod progress;
+mod random;
+pub mod report;
+mod request;
+pub mod run_dir;
+pub mod schedule;
+mod session;
+mod setup;
+pub mod tally;
+
+pub use error::{Result, TrainError};
+pub use evaluate::{Evaluation, evaluate};
+pub use images::{Images, TestImages, TrainImages};
+pub use inference::{ImportRequest, Prediction, Trained, import};
+pub use interrupt::StopFlag;
+pub use loss::cross_entropy;
+pub use progress::{Progress, Verbosity};
+pub use request::{Control, End, Outcome, ResumeRequest, TrainRequest};
+pub use setup::{resume, train};

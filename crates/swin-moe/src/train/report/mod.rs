@@ -1,0 +1,359 @@
+//! `report.html`: a run in one self-contained page.
+
+mod svg;
+
+use std::fmt::Write;
+
+use self::svg::{Series, escape, line_chart, number, palette, stacked_chart};
+use super::checkpoint::write_atomically;
+use super::error::Result;
+use super::metrics::{EvalRecord, LayerLoad, Record, StepRecord, read_records};
+use super::run_dir::RunDir;
+
+const STYLE: &str = include_str!("style.css");
+const BLUE: &str = "hsl(215 70% 52%)";
+const ORANGE: &str = "hsl(28 85% 52%)";
+const GREEN: &str = "hsl(150 50% 42%)";
+
+/// What the page says beside the metrics.
+#[derive(Debug, Clone, Default)]
+pub struct Facts {
+    /// The run's name.
+    pub name: String,
+    /// Label and value of each line under the title.
+    pub lines: Vec<(String, String)>,
+}
+
+/// Writes the page from the run's metrics, replacing an earlier one as a whole.
+///
+/// # Errors
+/// [`super::TrainError`] if the metrics cannot be read or the page cannot be written.
+pub fn write(run: &RunDir, facts: &Facts) -> Result<()> {
+    let records = read_records(&run.metrics())?;
+    write_atomically(&run.report(), render(facts, &records).as_bytes())
+}
+
+/// The page.
+pub fn render(facts: &Facts, records: &[Record]) -> String {
+    let mut steps = Vec::new();
+    let mut evals = Vec::new();
+    for record in records {
+        match record {
+            Record::Step(step) => steps.push(step),
+            Record::Eval(eval) => evals.push(eval),
+        }
+    }
+    let title = escape(&facts.name);
+    let mut html = format!(
+        "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
+         <title>{title}</title><style>{STYLE}</style></head><body><main><h1>{title}</h1>"
+    );
+    html.push_str(&cards(&steps, &evals));
+    html.push_str("<section class=\"charts\">");
+    for (title, chart) in [
+        ("Loss", loss_chart(&steps, &evals)),
+        ("Test accuracy, %", accuracy_chart(&evals)),
+        ("Learning rate", step_chart(&steps, |step| step.lr, true)),
+        (
+            "Gradient norm before clipping",
+            step_chart(&steps, |step| f64::from(step.grad_norm), true),
+        ),
+        (
+            "Images per second",
+            step_chart(&steps, |step| step.images_per_s, true),
+        ),
+        (
+            "Auxiliary loss",
+            step_chart(&steps, |step| f64::from(step.aux_loss), true),
+        ),
+    ] {
+        push_figure(&mut html, title, &chart);
+    }
+    html.push_str("</section>");
+    html.push_str(&expert_section(&steps, &evals));
+    html.push_str("<h2>Run</h2><table class=\"facts\">");
+    for (label, value) in &facts.lines {
+        let _ = write!(
+            html,
+            "<tr><th>{}</th><td>{}</td></tr>",
+            escape(label),
+            escape(value)
+        );
+    }
+    html.push_str("</table></main></body></html>\n");
+    html
+}
+
+fn push_figure(html: &mut String, title: &str, chart: &str) {
+    let _ = write!(
+        html,
+        "<figure><figcaption>{}</figcaption>{chart}</figure>",
+        escape(title)
+    );
+}
+
+fn cards(steps: &[&StepRecord], evals: &[&EvalRecord]) -> String {
+    let best = evals.iter().map(|e| e.top1).fold(f32::NAN, f32::max);
+    let percent = |value: Option<f32>| value.map_or("–".to_owned(), |v| format!("{v:.2} %"));
+    let last_step = steps.last();
+    let rate = {
+        let mut rates: Vec<f64> = steps.iter().map(|s| s.images_per_s).collect();
+        rates.sort_by(f64::total_cmp);
+        rates.get(rates.len() / 2).map(|&rate| number(rate.round()))
+    };
+    let cards = [
+        ("test top-1", percent(evals.last().map(|e| e.top1))),
+        ("best top-1", percent(Some(best).filter(|b| !b.is_nan()))),
+        ("test top-5", percent(evals.last().map(|e| e.top5))),
+        (
+            "epochs",
+            evals.last().map_or("–".to_owned(), |e| e.epoch.to_string()),
+        ),
+        (
+            "steps",
+            last_step.map_or("–".to_owned(), |s| s.step.to_string()),
+        ),
+        ("images / s, median", rate.unwrap_or("–".to_owned())),
+    ];
+    let mut html = String::from("<section class=\"cards\">");
+    for (label, value) in cards {
+        let _ = write!(html, "<div><b>{value}</b><span>{label}</span></div>");
+    }
+    html + "</section>"
+}
+
+fn loss_chart(steps: &[&StepRecord], evals: &[&EvalRecord]) -> String {
+    let raw: Vec<(f64, f64)> = steps
+        .iter()
+        .map(|s| (s.step as f64, f64::from(s.loss)))
+        .collect();
+    let test = evals
+        .iter()
+        .map(|e| (e.step as f64, f64::from(e.loss)))
+        .collect();
+    let series = [
+        Series {
+            faint: true,
+            ..Series::line("training, raw", BLUE, raw.clone())
+        },
+        Series::line("training, smoothed", BLUE, smooth(&raw)),
+        Series {
+            dots: true,
+            ..Series::line("test, without smoothing of labels", ORANGE, test)
+        },
+    ];
+    line_chart("step", &series, true)
+}
+
+/// Exponential moving average over about a thirtieth of the run, unbiased at its start.
+fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let keep = 1.0 - 1.0 / (1.0 + points.len() as f64 / 30.0);
+    let (mut sum, mut weight) = (0.0, 0.0);
+    points
+        .iter()
+        .map(|&(x, y)| {
+            sum = sum * keep + y * (1.0 - keep);
+            weight = weight * keep + (1.0 - keep);
+            (x, sum / weight)
+        })
+        .collect()
+}
+
+fn accuracy_chart(evals: &[&EvalRecord]) -> String {
+    let of = |pick: fn(&EvalRecord) -> f32| -> Vec<(f64, f64)> {
+        evals
+            .iter()
+            .map(|e| (e.epoch as f64, f64::from(pick(e))))
+            .collect()
+    };
+    let series = [
+        Series {
+            dots: true,
+            ..Series::line("top-1", BLUE, of(|e| e.top1))
+        },
+        Series {
+            dots: true,
+            ..Series::line("top-5", GREEN, of(|e| e.top5))
+        },
+    ];
+    line_chart("epoch", &series, false)
+}
+
+fn step_chart(steps: &[&StepRecord], pick: fn(&StepRecord) -> f64, from_zero: bool) -> String {
+    let points = steps.iter().map(|s| (s.step as f64, pick(s))).collect();
+    let mut chart = line_chart("step", &[Series::line("", BLUE, points)], from_zero);
+    // One line needs no legend.
+    if let Some(end) = chart.find("</svg>") {
+        chart.truncate(end + "</svg>".len());
+    }
+    chart
+}
+
+/// Per MoE layer: each expert's share over time, tile waste over time, the last test shares.
+fn expert_section(steps: &[&StepRecord], evals: &[&EvalRecord]) -> String {
+    let num_layers = steps.iter().map(|s| s.layers.len()).max().unwrap_or(0);
+    if num_layers == 0 {
+        return String::new();
+    }
+    let mut html = String::from("<h2>Experts</h2><section class=\"charts\">");
+    for layer in 0..num_layers {
+        let loads: Vec<(f64, &LayerLoad)> = steps
+            .iter()
+            .filter_map(|s| Some((s.step as f64, s.layers.get(layer)?)))
+            .collect();
+        let num_experts = loads
+            .iter()
+            .map(|(_, load)| load.tokens_per_expert.len())
+            .max()
+            .unwrap_or(0);
+        let names: Vec<String> = (0..num_experts).map(|e| format!("expert {e}")).collect();
+        let rows: Vec<(f64, Vec<f64>)> = loads.iter().map(|(x, l)| (*x, l.shares())).collect();
+        push_figure(
+            &mut html,
+            &format!("MoE layer {layer}: tokens per expert, share"),
+            &stacked_chart("step", &rows, &names),
+        );
+    }
+    let waste: Vec<Series> = (0..num_layers)
+        .map(|layer| {
+            let points = steps
+                .iter()
+                .filter_map(|s| Some((s.step as f64, 100.0 * s.layers.get(layer)?.tile_waste)))
+                .collect();
+            Series::line(
+                &format!("layer {layer}"),
+                &palette(layer, num_layers),
+                points,
+            )
+        })
+        .collect();
+    push_figure(
+        &mut html,
+        "Tile waste, % of the experts' arithmetic",
+        &line_chart("step", &waste, true),
+    );
+    html.push_str("</section>");
+    if let Some(eval) = evals.last() {
+        html.push_str(&load_table(eval));
+    }
+    html
+}
+
+fn load_table(eval: &EvalRecord) -> String {
+    let num_experts = eval
+        .layers
+        .iter()
+        .map(|l| l.tokens_per_expert.len())
+        .max()
+        .unwrap_or(0);
+    let mut html = format!(
+        "<h2>Share of tokens on the test set, epoch {}</h2><div class=\"scroll\"><table><tr><th>MoE layer</th>",
+        eval.epoch
+    );
+    for expert in 0..num_experts {
+        let _ = write!(html, "<th>expert {expert}</th>");
+    }
+    html.push_str("<th>entropy</th><th>tile waste</th></tr>");
+    for (index, layer) in eval.layers.iter().enumerate() {
+        let _ = write!(html, "<tr><th>{index}</th>");
+        for share in layer.shares() {
+            // The darker the cell, the more tokens; an even share is a third of the scale.
+            let tint = (share * num_experts as f64 / 3.0).min(1.0) * 60.0;
+            let _ = write!(
+                html,
+                "<td style=\"background:hsl(215 80% 55% / {tint:.0}%)\">{:.1} %</td>",
+                100.0 * share
+            );
+        }
+        let _ = write!(
+            html,
+            "<td>{:.3}</td><td>{:.1} %</td></tr>",
+            layer.entropy,
+            100.0 * layer.tile_waste
+        );
+    }
+    html + "</table></div>"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn records() -> Vec<Record> {
+        let layers = |i: u64| {
+            vec![
+                LayerLoad {
+                    tokens_per_expert: vec![3 + i, 1, 0],
+                    entropy: 0.9,
+                    tile_waste: 0.125,
+                };
+                2
+            ]
+        };
+        let mut records: Vec<Record> = (1..=40)
+            .map(|step| {
+                Record::Step(StepRecord {
+                    step,
+                    epoch: 1,
+                    loss: 2.0 / step as f32,
+                    ce_loss: 1.9 / step as f32,
+                    aux_loss: 0.01,
+                    lr: 1e-3,
+                    grad_norm: 1.0,
+                    images_per_s: 321.0,
+                    layers: layers(step),
+                })
+            })
+            .collect();
+        records.push(Record::Eval(EvalRecord {
+            step: 40,
+            epoch: 1,
+            top1: 87.5,
+            top5: 99.0,
+            loss: 0.5,
+            images: 360,
+            train_ce_loss: 0.6,
+            train_aux_loss: 0.01,
+            layers: layers(0),
+        }));
+        records
+    }
+
+    #[test]
+    fn page_holds_every_series_and_needs_nothing_from_outside() {
+        let facts = Facts {
+            name: "digits <1>".to_owned(),
+            lines: vec![("back-end".to_owned(), "cpu".to_owned())],
+        };
+        let page = render(&facts, &records());
+        for part in [
+            "digits &lt;1&gt;",
+            "<figcaption>Loss</figcaption>",
+            "Test accuracy",
+            "Learning rate",
+            "MoE layer 0: tokens per expert",
+            "MoE layer 1: tokens per expert",
+            "Tile waste",
+            "87.50 %",
+            "expert 2",
+            "<th>back-end</th><td>cpu</td>",
+        ] {
+            assert!(page.contains(part), "{part} is missing");
+        }
+        for outside in ["<script", "src=", "href=", "@import", "url("] {
+            assert!(!page.contains(outside), "{outside} in the page");
+        }
+        // Three bands per layer, and a point for each of the 40 steps in the raw loss.
+        assert_eq!(page.matches("<polygon").count(), 6);
+        let loss = page.split("<polyline points=\"").nth(1).unwrap();
+        assert_eq!(loss.split('"').next().unwrap().split(' ').count(), 40);
+        assert!(!page.contains("NaN") && !page.contains("inf"));
+    }
+
+    #[test]
+    fn page_of_a_run_without_records_is_whole() {
+        let page = render(&Facts::default(), &[]);
+        assert!(page.contains("nothing recorded yet") && page.ends_with("</html>\n"));
+    }
+}

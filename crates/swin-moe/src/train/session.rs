@@ -1,0 +1,332 @@
+//! The training loop.
+
+use std::time::Instant;
+
+use burn::module::AutodiffModule;
+use burn::tensor::Tensor;
+use hexa_ops::TrainingBackend;
+
+use super::checkpoint::{Checkpoint, RunState};
+use super::device::{self, scalar};
+use super::error::{Result, TrainError};
+use super::evaluate::evaluate;
+use super::images::Images;
+use super::loss::cross_entropy;
+use super::metrics::{EvalRecord, LayerLoad, MetricsWriter, Record, StepRecord};
+use super::optimizer::AdamW;
+use super::params::read_params;
+use super::progress::Progress;
+use super::random::step_seed;
+use super::report;
+use super::request::{Control, End, Outcome};
+use super::run_dir::RunDir;
+use super::schedule::Schedule;
+use crate::backend::BackendKind;
+use crate::config::Config;
+use crate::data::Batch;
+use crate::model::SwinMoe;
+
+/// A run in progress on one device.
+pub(super) struct Session<'a, B: TrainingBackend> {
+    pub device: &'a B::Device,
+    pub backend: BackendKind,
+    pub config: Config,
+    pub images: Images,
+    pub model: SwinMoe<B>,
+    pub optimizer: AdamW<B>,
+    pub schedule: Schedule,
+    pub run: RunDir,
+    pub metrics: MetricsWriter,
+    pub facts: report::Facts,
+    pub progress: Progress,
+    pub control: Control,
+    pub place: Place<B>,
+}
+
+/// How far a run is.
+pub(super) struct Place<B: TrainingBackend> {
+    pub step: u64,
+    pub epoch: u64,
+    pub batch: u64,
+    /// Sums over the epoch's batches, on the device: a mean that costs no synchronisation, and
+    /// that tells of any loss in between that was not a number.
+    pub ce_sum: Tensor<B::InnerBackend, 1>,
+    pub aux_sum: Tensor<B::InnerBackend, 1>,
+    pub best_top1: Option<f32>,
+    pub last_eval: Option<EvalRecord>,
+}
+
+/// What one step leaves on the device for the log.
+struct StepTrace<B: TrainingBackend> {
+    ce_loss: Tensor<B::InnerBackend, 1>,
+    aux_loss: Tensor<B::InnerBackend, 1>,
+    grad_norm: Tensor<B::InnerBackend, 1>,
+    loads: Vec<hexa_moe::LoadStats<B>>,
+    lr: f64,
+}
+
+/// Images and time since the last log line, evaluations and checkpoints left out.
+struct Pace {
+    images: usize,
+    since: Instant,
+}
+
+impl Pace {
+    fn new() -> Self {
+        Pace {
+            images: 0,
+            since: Instant::now(),
+        }
+    }
+
+    fn images_per_s(&self) -> f64 {
+        self.images as f64 / self.since.elapsed().as_secs_f64().max(1e-9)
+    }
+}
+
+impl<B: TrainingBackend> Session<'_, B> {
+    /// Trains until the end of the last epoch, or until asked to stop.
+    pub(super) fn run(mut self) -> Result<Outcome> {
+        let epochs = self.config.train.epochs as u64;
+        let mut end = self.reason_to_stop();
+        while end.is_none() && self.place.epoch < epochs {
+            end = self.train_epoch()?;
+            if end.is_none() {
+                self.finish_epoch()?;
+                end = self.reason_to_stop();
+            }
+        }
+        if end.is_some() {
+            self.save_last()?;
+        }
+        self.progress.finish();
+        report::write(&self.run, &self.facts)?;
+        Ok(Outcome {
+            run: self.run,
+            end: match end {
+                Some(end) if self.place.epoch < epochs => end,
+                _ => End::Finished,
+            },
+            step: self.place.step,
+            last_eval: self.place.last_eval,
+            best_top1: self.place.best_top1,
+        })
+    }
+
+    /// The rest of the current epoch. Gives the reason if it was cut short.
+    fn train_epoch(&mut self) -> Result<Option<End>> {
+        let train = &self.config.train;
+        let log_every = train.log_every.max(1) as u64;
+        let save_every = self.config.checkpoint.every_steps.map(|steps| steps as u64);
+        let batches = self.images.train.batches(
+            train.batch_size,
+            train.seed,
+            self.place.epoch,
+            self.place.batch,
+        )?;
+        let mut pace = Pace::new();
+        for batch in batches {
+            let batch = batch?;
+            pace.images += batch.labels.len();
+            let trace = self.step(batch)?;
+            self.progress.advance(self.place.step);
+            if self.place.step.is_multiple_of(log_every) {
+                self.log(trace, &pace)?;
+                pace = Pace::new();
+            }
+            let end = self.reason_to_stop();
+            if end.is_some() {
+                return Ok(end);
+            }
+            if save_every.is_some_and(|every| self.place.step.is_multiple_of(every)) {
+                self.save_last()?;
+                pace = Pace::new();
+            }
+        }
+        Ok(None)
+    }
+
+    fn reason_to_stop(&self) -> Option<End> {
+        if self.control.stop.is_raised() {
+            Some(End::Interrupted)
+        } else if self
+            .control
+            .max_steps
+            .is_some_and(|max| self.place.step >= max)
+        {
+            Some(End::MaxSteps)
+        } else {
+            None
+        }
+    }
+
+    /// One optimizer step. Nothing is read from the device.
+    fn step(&mut self, batch: Batch) -> Result<StepTrace<B>> {
+        let lr = self.schedule.lr_at(self.place.step);
+        B::seed(
+            self.device,
+            step_seed(self.config.train.seed, self.place.step),
+        );
+        let position = batch.position as u64;
+        let (images, labels) = device::upload::<B>(batch, self.device);
+        let output = self.model.forward(images)?;
+        let ce_loss = cross_entropy(output.logits, labels, self.config.train.label_smoothing);
+        let gradients = (ce_loss.clone() + output.aux_loss.clone()).backward();
+        let (model, grad_norm) = self.optimizer.step(self.model.clone(), gradients, lr)?;
+        self.model = model;
+
+        let (ce_loss, aux_loss) = (ce_loss.inner(), output.aux_loss.inner());
+        let place = &mut self.place;
+        place.ce_sum = place.ce_sum.clone() + ce_loss.clone();
+        place.aux_sum = place.aux_sum.clone() + aux_loss.clone();
+        place.step += 1;
+        place.batch = position + 1;
+        Ok(StepTrace {
+            ce_loss,
+            aux_loss,
+            grad_norm,
+            loads: output.loads,
+            lr,
+        })
+    }
+
+    /// Waits for the device, checks that all is well and writes a line of metrics.
+    fn log(&mut self, trace: StepTrace<B>, pace: &Pace) -> Result<()> {
+        device::check::<B>(self.device, self.place.step)?;
+        let ce_loss = scalar(trace.ce_loss)?;
+        let aux_loss = scalar(trace.aux_loss)?;
+        self.check_finite(ce_loss + aux_loss, trace.lr)?;
+        self.check_sums(trace.lr)?;
+        let record = StepRecord {
+            step: self.place.step,
+            epoch: self.place.epoch + 1,
+            loss: ce_loss + aux_loss,
+            ce_loss,
+            aux_loss,
+            lr: trace.lr,
+            grad_norm: scalar(trace.grad_norm)?,
+            images_per_s: pace.images_per_s(),
+            layers: trace
+                .loads
+                .iter()
+                .map(|load| Ok(LayerLoad::from(load.read()?)))
+                .collect::<Result<_>>()?,
+        };
+        self.progress.step(&record);
+        self.metrics.append(&Record::Step(record))
+    }
+
+    fn check_finite(&self, loss: f32, lr: f64) -> Result<()> {
+        if loss.is_finite() {
+            return Ok(());
+        }
+        Err(TrainError::Diverged {
+            step: self.place.step,
+            lr,
+            loss,
+        })
+    }
+
+    /// The epoch's sums; an error if any loss in them was not a number.
+    fn check_sums(&self, lr: f64) -> Result<(f32, f32)> {
+        let ce_sum = scalar(self.place.ce_sum.clone())?;
+        let aux_sum = scalar(self.place.aux_sum.clone())?;
+        self.check_finite(ce_sum + aux_sum, lr)?;
+        Ok((ce_sum, aux_sum))
+    }
+
+    /// Evaluates where it is due, saves, and moves on to the next epoch.
+    fn finish_epoch(&mut self) -> Result<()> {
+        let epoch = self.place.epoch + 1;
+        let train = &self.config.train;
+        let is_last = epoch == train.epochs as u64;
+        if is_last || epoch.is_multiple_of(train.eval_every_epochs.max(1) as u64) {
+            self.evaluate(epoch)?;
+        }
+        self.place.epoch = epoch;
+        self.place.batch = 0;
+        self.place.ce_sum = Tensor::zeros([1], self.device);
+        self.place.aux_sum = Tensor::zeros([1], self.device);
+        let improved = match (&self.place.last_eval, self.place.best_top1) {
+            (Some(eval), best) => {
+                eval.step == self.place.step && best.is_none_or(|best| eval.top1 > best)
+            }
+            (None, _) => false,
+        };
+        if improved {
+            self.place.best_top1 = self.place.last_eval.as_ref().map(|eval| eval.top1);
+        }
+        let checkpoint = self.checkpoint()?;
+        if improved {
+            checkpoint.save(&self.run.best())?;
+        }
+        self.run
+            .save_last(&checkpoint, self.config.checkpoint.keep_last)?;
+        report::write(&self.run, &self.facts)
+    }
+
+    fn evaluate(&mut self, epoch: u64) -> Result<()> {
+        let (ce_sum, aux_sum) = self.check_sums(self.schedule.lr_at(self.place.step))?;
+        let batches = self.place.batch.max(1) as f32;
+        let result = evaluate(
+            &self.model.valid(),
+            &self.images.test,
+            self.config.train.eval_batch_size,
+            self.device,
+        )?;
+        let record = EvalRecord {
+            step: self.place.step,
+            epoch,
+            top1: result.tally.top1_percent(),
+            top5: result.tally.top5_percent(),
+            loss: result.tally.mean_loss(),
+            images: result.tally.images,
+            train_ce_loss: ce_sum / batches,
+            train_aux_loss: aux_sum / batches,
+            layers: result.loads.loads(),
+        };
+        self.progress.eval(&record);
+        self.metrics.append(&Record::Eval(record.clone()))?;
+        self.place.last_eval = Some(record);
+        Ok(())
+    }
+
+    fn save_last(&mut self) -> Result<()> {
+        let checkpoint = self.checkpoint()?;
+        self.run
+            .save_last(&checkpoint, self.config.checkpoint.keep_last)
+    }
+
+    /// The run as it stands, on the host; an error rather than a checkpoint that is no number.
+    fn checkpoint(&mut self) -> Result<Checkpoint> {
+        let lr = self.schedule.lr_at(self.place.step);
+        let (ce_sum, aux_sum) = self.check_sums(lr)?;
+        let model =
+            read_params(&self.model).map_err(TrainError::device("while the model was read"))?;
+        for tensor in model.values() {
+            if let Some(bad) = tensor.values.iter().find(|value| !value.is_finite()) {
+                self.check_finite(*bad, lr)?;
+            }
+        }
+        let optimizer = self.optimizer.state()?;
+        let state = RunState {
+            name: self.facts.name.clone(),
+            step: self.place.step,
+            epoch: self.place.epoch,
+            batch: self.place.batch,
+            ce_sum_bits: ce_sum.to_bits(),
+            aux_sum_bits: aux_sum.to_bits(),
+            best_top1: self.place.best_top1,
+            metrics_bytes: self.metrics.sync()?,
+            backend: self.backend,
+            seed: self.config.train.seed,
+            config: self.config.to_toml(),
+            class_names: self.images.class_names().to_vec(),
+        };
+        Ok(Checkpoint {
+            state,
+            model,
+            optimizer,
+        })
+    }
+}

@@ -1,0 +1,295 @@
+//! From a request to a session: directories, data, model, optimizer.
+
+use std::fs;
+use std::path::Path;
+
+use burn::tensor::Tensor;
+use hexa_ops::TrainingBackend;
+
+use super::checkpoint::{Checkpoint, RunState};
+use super::error::{Result, TrainError};
+use super::images::Images;
+use super::metrics::{EvalRecord, MetricsWriter, Record, read_records};
+use super::optimizer::{AdamW, AdamWConfig};
+use super::params::write_params;
+use super::progress::Progress;
+use super::random::init_seed;
+use super::report::Facts;
+use super::request::{Control, Outcome, ResumeRequest, TrainRequest};
+use super::run_dir::RunDir;
+use super::schedule::Schedule;
+use super::session::{Place, Session};
+use crate::backend::{BackendKind, Job, dispatch};
+use crate::config::{Config, DataSource, TrainConfig};
+use crate::model::SwinMoe;
+use crate::settings::model_config;
+
+/// Starts a new run and trains it to its end, or until it is asked to stop.
+///
+/// # Errors
+/// [`TrainError`], with the last good checkpoint in the run's directory if there was one.
+pub fn train(request: TrainRequest) -> Result<Outcome> {
+    let images = Images::open(&request.config)?;
+    dispatch(request.backend, Start { request, images })?
+}
+
+/// Continues a run as if it had never stopped.
+///
+/// # Errors
+/// As [`train`], and if the directory or its checkpoint is not usable.
+pub fn resume(request: ResumeRequest) -> Result<Outcome> {
+    let run = RunDir::open(&request.run)?;
+    let checkpoint = Checkpoint::load(&run.last())?;
+    let mut config = Config::from_toml::<&str>(
+        &checkpoint.state.config,
+        "the checkpoint's configuration",
+        &[],
+    )?;
+    if let Some(folder) = request.data {
+        config.data.source = DataSource::Folder(folder);
+    }
+    let images = Images::open(&config)?;
+    check_classes(&checkpoint.state, images.class_names(), run.root())?;
+    let backend = request.backend.unwrap_or(checkpoint.state.backend);
+    let job = Continue {
+        run,
+        checkpoint,
+        config,
+        images,
+        backend,
+        control: request.control,
+    };
+    dispatch(backend, job)?
+}
+
+/// A model must be used with the classes that it learnt.
+pub(super) fn check_classes(state: &RunState, found: &[String], path: &Path) -> Result<()> {
+    if state.class_names == found {
+        return Ok(());
+    }
+    Err(TrainError::RunDir {
+        path: path.to_path_buf(),
+        reason: format!(
+            "the model knows {} classes ({}), the data has {} ({})",
+            state.class_names.len(),
+            first_few(&state.class_names),
+            found.len(),
+            first_few(found),
+        ),
+        remedy: "give data with the classes that the model was trained on with --data".to_owned(),
+    })
+}
+
+fn first_few(names: &[String]) -> String {
+    let mut text = names.iter().take(4).cloned().collect::<Vec<_>>().join(", ");
+    if names.len() > 4 {
+        text.push_str(", …");
+    }
+    text
+}
+
+struct Start {
+    request: TrainRequest,
+    images: Images,
+}
+
+impl Job for Start {
+    type Output = Result<Outcome>;
+
+    fn run<B: TrainingBackend>(self, device: &B::Device) -> Result<Outcome> {
+        let Start { request, images } = self;
+        let config = request.config;
+        let model = new_model::<B>(&config, images.class_names().len(), device)?;
+        let optimizer = AdamW::new(adamw_config(&config.train), &model);
+        let run = RunDir::create(&request.output)?;
+        fs::write(run.config(), config.to_toml()).map_err(TrainError::io("write", run.config()))?;
+        let metrics = MetricsWriter::create(&run.metrics())?;
+        let place = Place {
+            step: 0,
+            epoch: 0,
+            batch: 0,
+            ce_sum: Tensor::zeros([1], device),
+            aux_sum: Tensor::zeros([1], device),
+            best_top1: None,
+            last_eval: None,
+        };
+        let parts = Parts {
+            name: request.name,
+            backend: request.backend,
+            config,
+            images,
+            run,
+            metrics,
+            control: request.control,
+        };
+        parts.session(model, optimizer, place, device).run()
+    }
+}
+
+struct Continue {
+    run: RunDir,
+    checkpoint: Checkpoint,
+    config: Config,
+    images: Images,
+    backend: BackendKind,
+    control: Control,
+}
+
+impl Job for Continue {
+    type Output = Result<Outcome>;
+
+    fn run<B: TrainingBackend>(self, device: &B::Device) -> Result<Outcome> {
+        let Checkpoint {
+            state,
+            model: weights,
+            optimizer: moments,
+        } = self.checkpoint;
+        let path = self.run.last();
+        let unfit = |reason: String| TrainError::Checkpoint {
+            path: path.clone(),
+            reason,
+            remedy: "it belongs to another model or version; start a new run",
+        };
+        let model = new_model::<B>(&self.config, state.class_names.len(), device)?;
+        let model = write_params(model, weights).map_err(unfit)?;
+        let mut optimizer = AdamW::new(adamw_config(&self.config.train), &model);
+        // Imported weights come without moments: the run then starts with them.
+        if state.step > 0 || !moments.is_empty() {
+            optimizer.load_state(moments).map_err(unfit)?;
+        }
+        let metrics = MetricsWriter::resume(&self.run.metrics(), state.metrics_bytes)?;
+        let place = Place {
+            step: state.step,
+            epoch: state.epoch,
+            batch: state.batch,
+            ce_sum: Tensor::full([1], f32::from_bits(state.ce_sum_bits), device),
+            aux_sum: Tensor::full([1], f32::from_bits(state.aux_sum_bits), device),
+            best_top1: state.best_top1,
+            last_eval: last_eval(&self.run)?,
+        };
+        let parts = Parts {
+            name: state.name,
+            backend: self.backend,
+            config: self.config,
+            images: self.images,
+            run: self.run,
+            metrics,
+            control: self.control,
+        };
+        parts.session(model, optimizer, place, device).run()
+    }
+}
+
+/// The run's last evaluation, of those that stand in its metrics.
+fn last_eval(run: &RunDir) -> Result<Option<EvalRecord>> {
+    let records = read_records(&run.metrics())?;
+    Ok(records.into_iter().rev().find_map(|record| match record {
+        Record::Eval(eval) => Some(eval),
+        Record::Step(_) => None,
+    }))
+}
+
+/// A model with initial weights that depend on the seed alone.
+pub(crate) fn new_model<B: TrainingBackend>(
+    config: &Config,
+    num_classes: usize,
+    device: &B::Device,
+) -> Result<SwinMoe<B>> {
+    B::seed(device, init_seed(config.train.seed));
+    Ok(model_config(config, num_classes)?.init(device)?)
+}
+
+fn adamw_config(train: &TrainConfig) -> AdamWConfig {
+    AdamWConfig {
+        beta1: train.betas[0],
+        beta2: train.betas[1],
+        epsilon: train.eps,
+        weight_decay: train.weight_decay,
+        clip_grad_norm: train.clip_grad.unwrap_or(0.0),
+    }
+}
+
+fn schedule(train: &TrainConfig, steps_per_epoch: u64) -> Schedule {
+    let scale = train.lr_scale();
+    Schedule {
+        lr: train.lr * scale,
+        warmup_lr: train.warmup_lr * scale,
+        min_lr: train.min_lr * scale,
+        warmup_steps: train.warmup_epochs as u64 * steps_per_epoch,
+        total_steps: train.epochs as u64 * steps_per_epoch,
+    }
+}
+
+/// What a session consists of besides the tensors.
+struct Parts {
+    name: String,
+    backend: BackendKind,
+    config: Config,
+    images: Images,
+    run: RunDir,
+    metrics: MetricsWriter,
+    control: Control,
+}
+
+impl Parts {
+    fn session<B: TrainingBackend>(
+        self,
+        model: SwinMoe<B>,
+        optimizer: AdamW<B>,
+        place: Place<B>,
+        device: &B::Device,
+    ) -> Session<'_, B> {
+        let train = &self.config.train;
+        let steps_per_epoch = self.images.train.num_batches(train.batch_size);
+        let schedule = schedule(train, steps_per_epoch);
+        let facts = facts(&self, &schedule);
+        let progress = Progress::new(
+            self.control.verbosity,
+            place.step,
+            schedule.total_steps,
+            train.epochs as u64,
+        );
+        Session {
+            device,
+            backend: self.backend,
+            config: self.config,
+            images: self.images,
+            model,
+            optimizer,
+            schedule,
+            run: self.run,
+            metrics: self.metrics,
+            facts,
+            progress,
+            control: self.control,
+            place,
+        }
+    }
+}
+
+fn facts(parts: &Parts, schedule: &Schedule) -> Facts {
+    let config = &parts.config;
+    let line = |label: &str, value: String| (label.to_owned(), value);
+    Facts {
+        name: parts.name.clone(),
+        lines: vec![
+            line("back-end", parts.backend.to_string()),
+            line("seed", config.train.seed.to_string()),
+            line(
+                "images",
+                format!(
+                    "{} for training, {} for testing, {} classes",
+                    parts.images.train.len(),
+                    parts.images.test.len(),
+                    parts.images.class_names().len()
+                ),
+            ),
+            line("steps", schedule.total_steps.to_string()),
+            line("batch size", config.train.batch_size.to_string()),
+            line(
+                "experts",
+                format!("{}, top {}", config.moe.num_experts, config.moe.top_k),
+            ),
+        ],
+    }
+}

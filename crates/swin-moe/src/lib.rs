@@ -4,6 +4,7 @@ pub mod backend;
 pub mod cli;
 pub mod config;
 pub mod data;
+pub mod info;
 pub mod model;
 pub mod parity;
 pub mod settings;

@@ -1,0 +1,247 @@
+//! Checkpoints: published names, round trips, damage. On the CPU; nothing here depends on the
+//! back-end.
+
+use std::path::{Path, PathBuf};
+
+use hexa_ops::backends::Cpu;
+use proptest::prelude::*;
+use swin_moe::model::{SwinMoe, SwinMoeConfig};
+use swin_moe::weights::{
+    HostTensor, ImportOptions, Names, PublishedConfig, TensorMap, WeightsError, export_safetensors,
+    import_file, import_tensors, named_parameters, published_tensors, read_file, write_safetensors,
+};
+use tempfile::TempDir;
+
+const STRICT: ImportOptions = ImportOptions {
+    allow_partial: false,
+};
+const PARTIAL: ImportOptions = ImportOptions {
+    allow_partial: true,
+};
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures")
+        .join(name)
+}
+
+fn config(case: &str) -> SwinMoeConfig {
+    PublishedConfig::read(&fixture(case).join("config.json"))
+        .unwrap()
+        .to_model()
+        .unwrap()
+}
+
+fn model(case: &str) -> SwinMoe<Cpu> {
+    config(case).init(&Default::default()).unwrap()
+}
+
+/// A case's weights, in whichever format the repository has them.
+fn weights(case: &str) -> PathBuf {
+    let pth = fixture(case).join("checkpoint.pth");
+    if pth.exists() {
+        pth
+    } else {
+        fixture(case).join("weights.safetensors")
+    }
+}
+
+const CASES: [&str; 2] = ["top1_linear", "top2_cosine"];
+
+fn scratch(name: &str, bytes: &[u8]) -> (TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(name);
+    std::fs::write(&path, bytes).unwrap();
+    (dir, path)
+}
+
+#[test]
+fn an_export_is_the_published_state_dictionary() {
+    for case in CASES {
+        let published = read_file(&weights(case)).unwrap();
+        let (model, report) = import_file(model(case), &weights(case), STRICT).unwrap();
+        assert!(report.is_exact(), "{report}");
+        assert_eq!(report.loaded + report.buffers.len(), published.len());
+
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("export.safetensors");
+        export_safetensors(&model, &path).unwrap();
+        let exported = read_file(&path).unwrap();
+        let names = |map: &TensorMap| map.keys().cloned().collect::<Vec<_>>();
+        assert_eq!(names(&exported), names(&published));
+        for (name, tensor) in &published {
+            assert_eq!(tensor.shape, exported[name].shape, "{name}");
+            // The table of offsets is computed, the rest is copied.
+            if !name.ends_with("relative_coords_table") {
+                assert_eq!(*tensor, exported[name], "{name}");
+            }
+        }
+        let (again, _) = import_file(self::model(case), &path, STRICT).unwrap();
+        assert_eq!(published_tensors(&again).unwrap(), exported);
+    }
+}
+
+#[test]
+fn every_parameter_has_its_own_published_name() {
+    for case in CASES {
+        let model = model(case);
+        let params = named_parameters(&model, Names::new(model.config()));
+        let published = read_file(&weights(case)).unwrap();
+        let mut names: Vec<&str> = params.iter().map(|p| p.name.as_str()).collect();
+        names.sort_unstable();
+        let before = names.len();
+        names.dedup();
+        assert_eq!(names.len(), before);
+        for param in &params {
+            let theirs = &published[&param.name];
+            let elements = |shape: &[usize]| shape.iter().product::<usize>();
+            assert_eq!(
+                elements(&param.shape),
+                elements(&theirs.shape),
+                "{}",
+                param.name
+            );
+        }
+        let frozen: Vec<&str> = params
+            .iter()
+            .filter(|p| !p.trained)
+            .map(|p| p.name.as_str())
+            .collect();
+        if case == "top1_linear" {
+            assert_eq!(frozen.len(), 2, "{frozen:?}");
+            assert!(
+                frozen
+                    .iter()
+                    .all(|name| name.ends_with("experts.batched_fc2_bias"))
+            );
+        } else {
+            assert_eq!(frozen, [""; 0]);
+        }
+    }
+}
+
+#[test]
+fn every_misfit_is_reported() {
+    let mut tensors = read_file(&weights("top2_cosine")).unwrap();
+    let gone = tensors.remove("layers.1.downsample.norm.bias").unwrap();
+    tensors.insert("layers.1.downsample.norm.offset".into(), gone);
+    tensors.insert(
+        "head.weight".into(),
+        HostTensor::float([72, 7], vec![0.0; 504]),
+    );
+    tensors.insert("norm.bias".into(), HostTensor::int([72], vec![0; 72]));
+
+    let (_, report) = import_tensors(model("top2_cosine"), tensors.clone());
+    assert!(!report.is_exact());
+    assert_eq!(report.missing, ["layers.1.downsample.norm.bias"]);
+    assert_eq!(report.unexpected, ["layers.1.downsample.norm.offset"]);
+    let names: Vec<&str> = report.mismatched.iter().map(|m| m.name.as_str()).collect();
+    assert_eq!(names, ["norm.bias", "head.weight"]);
+    assert_eq!(report.mismatched[1].expected, [7, 72]);
+    assert_eq!(report.mismatched[1].got, [72, 7]);
+
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("other.safetensors");
+    write_safetensors(&path, &tensors).unwrap();
+    let error = import_file(model("top2_cosine"), &path, STRICT).unwrap_err();
+    let message = error.to_string();
+    for part in [
+        "missing     layers.1.downsample.norm.bias",
+        "unexpected  layers.1.downsample.norm.offset",
+        "mis-shaped  head.weight: file [72, 7], model [7, 72]",
+        "mis-shaped  norm.bias: file [72] of integers, model [72]",
+        "allow a partial import",
+    ] {
+        assert!(message.contains(part), "{message}");
+    }
+
+    let fresh = model("top2_cosine");
+    let before = published_tensors(&fresh).unwrap();
+    let (partial, _) = import_file(fresh, &path, PARTIAL).unwrap();
+    let after = published_tensors(&partial).unwrap();
+    assert_eq!(after["head.weight"], before["head.weight"]);
+    assert_eq!(after["head.bias"], tensors["head.bias"]);
+}
+
+#[test]
+fn the_configuration_of_another_model_does_not_fit() {
+    let error = import_file(model("top1_linear"), &weights("top2_cosine"), STRICT).unwrap_err();
+    assert!(matches!(error, WeightsError::Mismatch { .. }), "{error}");
+}
+
+#[test]
+fn files_of_other_kinds_are_refused() {
+    for (name, bytes, expected) in [
+        ("weights.onnx", &b"x"[..], "unknown kind of checkpoint"),
+        ("weights", b"x", "unknown kind of checkpoint"),
+        ("weights.safetensors", b"", "not a readable checkpoint"),
+        (
+            "weights.safetensors",
+            b"\xff\xff\xff\xff\xff\xff\xff\x7f{}",
+            "not a readable checkpoint",
+        ),
+        ("weights.pth", b"", "not a readable checkpoint"),
+        ("weights.pth", b"\x80\x02}q\x00.", "PyTorch 1.6"),
+    ] {
+        let (_dir, path) = scratch(name, bytes);
+        let message = read_file(&path).unwrap_err().to_string();
+        assert!(message.contains(expected), "{name}: {message}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let missing = dir.path().join("missing.pth");
+    assert!(matches!(read_file(&missing), Err(WeightsError::Io { .. })));
+    assert!(read_file(dir.path()).is_err());
+    let unwritable = dir.path().join("no/such/folder/x.safetensors");
+    assert!(write_safetensors(&unwritable, &TensorMap::new()).is_err());
+}
+
+#[test]
+fn the_published_configuration_is_checked() {
+    for (text, expected) in [
+        ("{", "EOF"),
+        (r#"{"embed_dims": 3}"#, "unknown field `embed_dims`"),
+        (r#"{"depths": "2"}"#, "invalid type"),
+    ] {
+        let (_dir, path) = scratch("config.json", text.as_bytes());
+        let message = PublishedConfig::read(&path).unwrap_err().to_string();
+        assert!(message.contains(expected), "{message}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(150))]
+
+    /// Neither format may be cut anywhere without an error, and never with a panic.
+    #[test]
+    fn truncated_checkpoints_are_errors(part in 0.0f64..1.0) {
+        for case in CASES {
+            let path = weights(case);
+            let bytes = std::fs::read(&path).unwrap();
+            let end = (bytes.len() as f64 * part) as usize;
+            let name = path.file_name().unwrap().to_str().unwrap().to_string();
+            let (_dir, cut) = scratch(&name, &bytes[..end]);
+            prop_assert!(read_file(&cut).is_err(), "{name} cut at {end}");
+        }
+    }
+
+    /// Damaged bytes are an error or other numbers, never a panic; the zip's checksums notice
+    /// damaged numbers, too.
+    #[test]
+    fn damaged_checkpoints_do_not_panic(part in 0.0f64..1.0, run in 1usize..64, value: u8) {
+        for case in CASES {
+            let path = weights(case);
+            let mut bytes = std::fs::read(&path).unwrap();
+            // Both formats keep their index within a few kilobytes of an end.
+            for region in [0..16_384, bytes.len() - 16_384..bytes.len(), 0..bytes.len()] {
+                let at = region.start + (region.len() as f64 * part) as usize;
+                let end = (at + run).min(bytes.len());
+                bytes[at..end].fill(value);
+                let name = path.file_name().unwrap().to_str().unwrap().to_string();
+                let (_dir, damaged) = scratch(&name, &bytes);
+                if let Ok(tensors) = read_file(&damaged) {
+                    import_tensors(model(case), tensors);
+                }
+            }
+        }
+    }
+}

@@ -182,7 +182,9 @@ pub fn default_output(name: &str) -> PathBuf {
 /// `YYYYMMDD-HHMMSS` of a Unix time, by the proleptic Gregorian calendar.
 fn utc_stamp(unix_seconds: u64) -> String {
     let (mut days, seconds) = (unix_seconds / 86_400, unix_seconds % 86_400);
-    let is_leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let is_leap = |year: u64| {
+        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
+    };
     let mut year = 1970;
     while days >= 365 + u64::from(is_leap(year)) {
         days -= 365 + u64::from(is_leap(year));

@@ -85,7 +85,7 @@ fn error_function<A: Float>(x: A) -> A {
         let a = min(x.abs(), A::new(4.0));
         let s = a * a;
         let p = A::new(7.647_076_5e-5);
-        let p = p * s + A::new(-7.942_345_4e-4);
+        let p = p * s + A::new(-7.942_345e-4);
         let p = p * s + A::new(5.179_748_6e-3);
         let p = p * s + A::new(-2.684_859_2e-2);
         let p = p * s + A::new(1.128_343e-1);
@@ -97,7 +97,7 @@ fn error_function<A: Float>(x: A) -> A {
         let q = q * a + A::new(-2.939_505_4e-3);
         let q = q * a + A::new(2.180_503_4e-2);
         let q = q * a + A::new(-1.030_369_8e-1);
-        let q = q * a + A::new(-6.382_259_4e-1);
+        let q = q * a + A::new(-6.382_259e-1);
         let q = q * a + A::new(-1.127_04);
         let q = q * a + A::new(-3.537_293_4e-4);
         let far = A::new(1.0) - q.exp();

@@ -66,7 +66,7 @@ pub fn scan_histogram<I: Int>(
     #[define(I)] _dtype: StorageType,
 ) {
     let total = num_chunks * num_experts;
-    let per_unit = (total + CUBE_DIM - 1u32) / CUBE_DIM;
+    let per_unit = total.div_ceil(CUBE_DIM);
     let start = min(UNIT_POS * per_unit, total);
     let end = min(start + per_unit, total);
 

@@ -262,7 +262,10 @@ fn noise_follows_the_back_end<B: TrainingBackend>() {
     let quiet = model.clone().without_noise();
     assert_eq!(logits(&quiet), logits(&quiet));
     let valid = model.valid().forward(x.clone().inner()).unwrap();
-    assert_eq!(logits(&quiet), floats(valid.logits));
+    // With autodiff other, equally right, kernels run: equal up to rounding.
+    for (a, b) in logits(&quiet).iter().zip(floats(valid.logits)) {
+        assert!((a - b).abs() < 1e-5, "{a} {b}");
+    }
     assert_eq!(logits(&build().without_noise()), logits(&quiet));
     assert_ne!(logits(&model), logits(&model));
 }

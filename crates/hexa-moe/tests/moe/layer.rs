@@ -55,7 +55,7 @@ fn check<B: TrainingBackend>(config: &MoeConfig, tokens: usize, seed: u64) {
         let frozen = name.ends_with(".b2") && !config.train_fc2_bias;
         assert_eq!(got.contains_key(name), !frozen, "{name}: {what}");
         if let Some(got) = got.get(name) {
-            assert_near(&format!("d {name}: {what}"), got, want, 5e-4);
+            assert_near(&format!("d {name}: {what}"), got, want, 2e-3);
         }
     }
     unused_experts_have_zero_gradients(&moe, &grads, &counts);

@@ -59,7 +59,7 @@ fn clamp<B: TrainingBackend>() {
     for (log_scale, trained) in [(2.0, true), (7.0, false)] {
         cosine.temperature = cosine
             .temperature
-            .map(|t| (t.detach() * 0.0 + log_scale).require_grad());
+            .map(|t| Tensor::from_inner(t.inner() * 0.0 + log_scale).require_grad());
         params.insert("router.scorer.Cosine.temperature".into(), vec![log_scale]);
         let host_moe = HostMoe {
             config: &config,

@@ -61,7 +61,7 @@ fn check<B: TrainingBackend>(config: &MoeConfig, tokens: usize, seed: u64) {
     unused_experts_have_zero_gradients(&moe, &grads, &counts);
 }
 
-/// Exactly zero without tokens, and not zero with some.
+/// Exactly zero without tokens.
 fn unused_experts_have_zero_gradients<B: TrainingBackend>(
     moe: &Moe<B>,
     grads: &B::Gradients,
@@ -71,10 +71,11 @@ fn unused_experts_have_zero_gradients<B: TrainingBackend>(
         let [_, rows, columns] = weight.dims();
         let grad = host(weight.val().grad(grads).unwrap());
         for (expert, grad) in grad.chunks(rows * columns).enumerate() {
+            // With tokens it may vanish too, if a ReLU is off for all of them; that it does not
+            // otherwise is a test of the operators.
             let is_zero = grad.iter().all(|&g| g == 0.0);
-            assert_eq!(
-                is_zero,
-                counts[expert] == 0,
+            assert!(
+                counts[expert] > 0 || is_zero,
                 "expert {expert} of {counts:?}"
             );
         }

@@ -39,10 +39,10 @@ pub(super) struct Train {
     /// One setting, over the file's: section.key=value. May be repeated.
     #[arg(long, value_name = "KEY=VALUE", conflicts_with = "resume")]
     pub(super) set: Vec<String>,
-    /// Image folder with train/<class>/ and val/<class>/ or test/<class>/.
+    /// Image folder with train/CLASS/ and val/CLASS/ or test/CLASS/.
     #[arg(long, value_name = "DIR")]
     pub(super) data: Option<PathBuf>,
-    /// Directory of the new run; runs/<name>-<time> without it.
+    /// Directory of the new run; runs/NAME-TIME without it.
     #[arg(long, value_name = "DIR", conflicts_with = "resume")]
     pub(super) output: Option<PathBuf>,
     /// Where to compute: cpu, wgpu or cuda, of those compiled in.

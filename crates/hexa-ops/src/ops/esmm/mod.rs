@@ -6,7 +6,7 @@
 //! - `bias`: `[num_experts, out]`
 //! - result: `[slots, out]`, in slot or expert order
 //!
-//! Each cube computes one tile of [`super::tile::plan::TILE_ROWS`] positions of one expert. It
+//! Each cube computes one tile of `super::tile::plan::TILE_ROWS` positions of one expert. It
 //! finds expert and positions from the offsets, reads the rows of `x` where they are and writes
 //! the rows of `y` where they belong; nothing is permuted or padded in memory.
 //!

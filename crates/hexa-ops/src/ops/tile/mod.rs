@@ -3,7 +3,7 @@
 //! All products go through one inner loop: two operands lie in shared memory with the summed
 //! dimension first, `[k][m]` and `[k][n]`, and every unit accumulates an 8 × 8 block of the
 //! `m × n` tile in registers, in f32 (f64 for f64 tensors). What differs between the operators is
-//! only where a line of an operand comes from: [`kernel::RowSource`] maps a position to a row of
+//! only where a line of an operand comes from: `kernel::RowSource` maps a position to a row of
 //! a matrix in token, slot or expert order, so that tokens stay where they are.
 //!
 //! No kernel depends on the plane size, and none uses atomics: results are the same bit for bit

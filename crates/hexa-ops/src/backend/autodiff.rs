@@ -14,8 +14,8 @@ use burn_autodiff::ops::{Backward, Ops, OpsKind};
 use burn_autodiff::{Autodiff, NodeId};
 
 use super::{
-    EsmmArgs, ExpertKernels, ExpertOps, FfnBackwardArgs, FfnNeeds, FfnWeights, RawExpertIndex,
-    RawGating,
+    EsmmArgs, ExpertKernels, ExpertOps, FfnBackwardArgs, FfnExecutor, FfnInputs, FfnNeeds,
+    FfnWeights, RawExpertIndex, RawGating, executor,
 };
 use crate::types::{FfnOptions, MatmulPrecision, RowOrder};
 
@@ -522,6 +522,13 @@ impl<B: ExpertKernels, C: CheckpointStrategy> ExpertOps for Autodiff<B, C> {
             }
             OpsKind::UnTracked(prep) => prep.finish(forward.output),
         }
+    }
+
+    fn expert_ffn_by<X: FfnExecutor>(
+        executor: &X,
+        inputs: FfnInputs<FloatTensor<Self>, IntTensor<Self>>,
+    ) -> Result<FloatTensor<Self>, X::Error> {
+        executor::differentiable::<B, C, X>(executor, inputs)
     }
 
     fn dense_matmul(

@@ -7,12 +7,14 @@
 mod autodiff;
 #[cfg(feature = "cube")]
 mod cube;
+mod executor;
 #[cfg(feature = "cpu")]
 mod flex;
 #[cfg(feature = "fusion")]
 mod fusion;
 mod ops;
 
+pub use executor::{FfnExecutor, FfnInputs};
 pub use ops::{ExpertOps, TrainingBackend};
 
 use burn::tensor::backend::Backend;

@@ -3,7 +3,9 @@
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::{FloatTensor, IntTensor};
 
-use super::{EsmmArgs, ExpertKernels, FfnWeights, RawExpertIndex, RawGating};
+use super::{
+    EsmmArgs, ExpertKernels, FfnExecutor, FfnInputs, FfnWeights, RawExpertIndex, RawGating,
+};
 use crate::types::{FfnOptions, MatmulPrecision, RowOrder};
 
 /// A back-end with the expert-specific operators.
@@ -55,6 +57,16 @@ pub trait ExpertOps: Backend {
         options: FfnOptions,
         dropout_seed: Option<IntTensor<Self>>,
     ) -> FloatTensor<Self>;
+
+    /// An expert FFN that `executor` computes, as one operation; differentiable in `x`, `gates`
+    /// and all weights.
+    ///
+    /// # Errors
+    /// The executor's.
+    fn expert_ffn_by<X: FfnExecutor>(
+        executor: &X,
+        inputs: FfnInputs<FloatTensor<Self>, IntTensor<Self>>,
+    ) -> Result<FloatTensor<Self>, X::Error>;
 
     /// See [`ExpertKernels::dense_matmul`]; differentiable in both.
     fn dense_matmul(
@@ -115,6 +127,13 @@ impl<B: ExpertKernels> ExpertOps for B {
         dropout_seed: Option<IntTensor<Self>>,
     ) -> FloatTensor<Self> {
         <B as ExpertKernels>::expert_ffn(x, gates, weights, index, options, dropout_seed).output
+    }
+
+    fn expert_ffn_by<X: FfnExecutor>(
+        executor: &X,
+        inputs: FfnInputs<FloatTensor<Self>, IntTensor<Self>>,
+    ) -> Result<FloatTensor<Self>, X::Error> {
+        Ok(executor.forward::<B>(inputs, false)?.0)
     }
 
     fn dense_matmul(

@@ -43,6 +43,81 @@ impl BalanceConfig {
     }
 }
 
+/// The same losses from sums over tokens, which ranks can add up. Sums are concatenated in the
+/// order of the fields of [`BalanceConfig`]: `Σ p_te` and first choices for GShard, importance and
+/// load for the load + importance loss, `Σ (log Σ exp)²` for the z-loss.
+impl BalanceConfig {
+    /// Length of [`BalanceConfig::sums`].
+    pub(crate) fn num_sums(&self, num_experts: usize) -> usize {
+        let pair = |weight: f64| if weight > 0.0 { 2 * num_experts } else { 0 };
+        pair(self.gshard) + pair(self.load_importance) + usize::from(self.z_loss > 0.0)
+    }
+
+    /// Sums over the tokens of `routing`, of which there is at least one; at least one loss is on.
+    pub(crate) fn sums<B: Backend>(
+        &self,
+        routing: &Routing<B>,
+        gate_noise: f64,
+    ) -> Tensor<B, 1> {
+        let mut sums = Vec::with_capacity(5);
+        if self.gshard > 0.0 {
+            let (probs, ids) = (&routing.gating.probs, &routing.gating.expert_ids);
+            sums.push(probs.clone().sum_dim(0));
+            sums.push(one_hot(ids.clone(), 0, probs).sum_dim(0));
+        }
+        if self.load_importance > 0.0 {
+            let [importance, load] = importance_and_load(
+                routing.logits.clone(),
+                routing.noisy_logits.clone(),
+                routing.gating.expert_ids.clone(),
+                gate_noise,
+            );
+            sums.extend([importance, load]);
+        }
+        if self.z_loss > 0.0 {
+            sums.push(squared_log_sum_exp(routing.logits.clone()).sum_dim(0));
+        }
+        Tensor::cat(sums, 1).flatten(0, 1)
+    }
+
+    /// Weighted sum of the auxiliary losses from the sums over `tokens` tokens: `[1]`.
+    pub(crate) fn loss_of_sums<B: Backend>(
+        &self,
+        sums: Tensor<B, 1>,
+        tokens: usize,
+        num_experts: usize,
+    ) -> Tensor<B, 1> {
+        let device = sums.device();
+        let sums = sums.unsqueeze::<2>();
+        let mut at = 0;
+        let mut next = |len| {
+            at += len;
+            sums.clone().narrow(1, at - len, len)
+        };
+        let mut terms = Vec::with_capacity(3);
+        if self.gshard > 0.0 {
+            let (probs, load) = (next(num_experts), next(num_experts));
+            terms.push((probs * load).sum() * (gshard_scale(tokens, num_experts) * self.gshard));
+        }
+        if self.load_importance > 0.0 {
+            let (importance, load) = (next(num_experts), next(num_experts));
+            let loss = squared_variation(importance) + squared_variation(load);
+            terms.push(loss * (0.5 * self.load_importance));
+        }
+        if self.z_loss > 0.0 {
+            terms.push(next(1).sum() * (self.z_loss / tokens as f64));
+        }
+        terms
+            .into_iter()
+            .reduce(|sum, term| sum + term)
+            .unwrap_or_else(|| no_loss(&device))
+    }
+}
+
+fn gshard_scale(tokens: usize, num_experts: usize) -> f64 {
+    num_experts as f64 / (tokens as f64 * tokens as f64)
+}
+
 /// A loss of zero: `[1]`.
 pub(crate) fn no_loss<B: Backend>(device: &B::Device) -> Tensor<B, 1> {
     Tensor::zeros([1], (device, DType::F32))
@@ -57,8 +132,7 @@ pub(crate) fn no_loss<B: Backend>(device: &B::Device) -> Tensor<B, 1> {
 pub fn gshard_loss<B: Backend>(probs: Tensor<B, 2>, expert_ids: Tensor<B, 2, Int>) -> Tensor<B, 1> {
     let [tokens, num_experts] = probs.dims();
     let load = one_hot(expert_ids, 0, &probs).sum_dim(0);
-    let scale = num_experts as f64 / (tokens as f64 * tokens as f64);
-    (probs.sum_dim(0) * load).sum() * scale
+    (probs.sum_dim(0) * load).sum() * gshard_scale(tokens, num_experts)
 }
 
 /// `(importance + load) / 2` (arXiv:1701.06538, Eq. 6 and 11, as Tutel computes it).
@@ -77,6 +151,17 @@ pub fn load_importance_loss<B: Backend>(
     expert_ids: Tensor<B, 2, Int>,
     gate_noise: f64,
 ) -> Tensor<B, 1> {
+    let [importance, load] = importance_and_load(logits, noisy_logits, expert_ids, gate_noise);
+    (squared_variation(importance) + squared_variation(load)) * 0.5
+}
+
+/// The two rows `[1, num_experts]` of [`load_importance_loss`], each a sum over tokens.
+fn importance_and_load<B: Backend>(
+    logits: Tensor<B, 2>,
+    noisy_logits: Tensor<B, 2>,
+    expert_ids: Tensor<B, 2, Int>,
+    gate_noise: f64,
+) -> [Tensor<B, 2>; 2] {
     let [_, num_experts] = logits.dims();
     let [_, top_k] = expert_ids.dims();
     let probs = softmax(logits, 1);
@@ -87,7 +172,7 @@ pub fn load_importance_loss<B: Backend>(
 
     let std = gate_noise / num_experts as f64;
     let chosen = normal_cdf((probs.clone() - threshold) / std);
-    (squared_variation(probs.sum_dim(0)) + squared_variation(chosen.sum_dim(0))) * 0.5
+    [probs.sum_dim(0), chosen.sum_dim(0)]
 }
 
 /// The router's z-loss, `mean_t (log Σ_e exp(logits_te))²` (arXiv:2202.08906, Eq. 5), which keeps
@@ -96,10 +181,15 @@ pub fn load_importance_loss<B: Backend>(
 /// # Shapes
 /// - `logits`: `[tokens, num_experts]`, float, `tokens >= 1`
 pub fn z_loss<B: Backend>(logits: Tensor<B, 2>) -> Tensor<B, 1> {
+    squared_log_sum_exp(logits).mean()
+}
+
+/// `(log Σ_e exp(logits_te))²`: `[tokens, 1]`.
+fn squared_log_sum_exp<B: Backend>(logits: Tensor<B, 2>) -> Tensor<B, 2> {
     // Detached, since the result does not depend on it.
     let max = logits.clone().max_dim(1).detach();
     let log_sum_exp = (logits - max.clone()).exp().sum_dim(1).log() + max;
-    (log_sum_exp.clone() * log_sum_exp).mean()
+    log_sum_exp.clone() * log_sum_exp
 }
 
 /// Unbiased variance over squared mean of one row, `[1, num_experts]` → `[1]`.

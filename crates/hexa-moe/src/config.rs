@@ -229,6 +229,7 @@ impl MoeConfig {
                 .then(|| self.experts_spec(1, self.shared_d_ff).init(device)),
             d_model: self.d_model,
             balance: self.balance,
+            parallel: None,
         })
     }
 

@@ -2,6 +2,8 @@
 
 use hexa_ops::OpsError;
 
+use crate::parallel::comm::CommError;
+
 /// Why a layer could not be built, run or read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -28,6 +30,17 @@ pub enum MoeError {
         /// The layer's token width.
         d_model: usize,
     },
+    /// Shares or slices do not fit what they divide.
+    #[error("the split is given {got}; allowed is {allowed}")]
+    Split {
+        /// What was given.
+        got: String,
+        /// What is allowed.
+        allowed: &'static str,
+    },
+    /// Ranks could not communicate.
+    #[error(transparent)]
+    Comm(CommError),
     /// An operator refused its arguments, or the device failed.
     #[error(transparent)]
     Ops(#[from] OpsError),

@@ -124,7 +124,22 @@ impl<B: ExpertOps> Experts<B> {
             w2: self.w2.val().cast(dtype),
             b2: self.b2.as_ref().map(|b2| b2.val().cast(dtype)),
         };
-        let seed = self.dropout_seed(&x.device());
+        let (options, seed) = self.options(&x.device());
+        let gates = gate_weights.cast(dtype);
+        Ok(hexa_ops::expert_ffn(
+            x, gates, params, index, options, seed,
+        )?)
+    }
+
+    /// The parameters of which a rank of a distributed layer holds slices.
+    pub(crate) fn sliced_params(&self) -> Vec<ParamId> {
+        let b1 = self.b1.as_ref().map(|b1| b1.id);
+        [self.w1.id, self.w2.id].into_iter().chain(b1).collect()
+    }
+
+    /// Activation and dropout of one pass, with a fresh seed if there is dropout.
+    pub(crate) fn options(&self, device: &B::Device) -> (FfnOptions, Option<Tensor<B, 1, Int>>) {
+        let seed = self.dropout_seed(device);
         let options = FfnOptions {
             activation: self.activation,
             dropout: if seed.is_some() {
@@ -133,10 +148,7 @@ impl<B: ExpertOps> Experts<B> {
                 0.0
             },
         };
-        let gates = gate_weights.cast(dtype);
-        Ok(hexa_ops::expert_ffn(
-            x, gates, params, index, options, seed,
-        )?)
+        (options, seed)
     }
 
     /// The single expert's output for every token, ungated: `[tokens, d_model]` → the same.

@@ -40,6 +40,7 @@
 //! | [`balance`] | GShard, load + importance and z-loss |
 //! | [`experts`] | all experts' feed-forward networks as one fused, differentiable operation |
 //! | [`moe`] | the layer, top to bottom: the specification |
+//! | [`parallel`] | the layer over several ranks: communicators, modes, slices, the shared cache |
 //! | [`load`] | tokens per expert, entropies, tile waste, read when you ask |
 //!
 //! # Back-ends
@@ -63,6 +64,7 @@ mod error;
 pub mod experts;
 pub mod load;
 pub mod moe;
+pub mod parallel;
 pub mod router;
 
 pub use config::{BalanceConfig, MoeConfig, RouterConfig};

@@ -17,6 +17,9 @@ pub struct LoadStats<B: Backend> {
     pub probs: Tensor<B, 2>,
     /// Rows in one tile of the expert matmul (BLK); 1 where rows are not tiled.
     pub tile_rows: usize,
+    /// [`LoadReport::router_entropy`] over all ranks' tokens, of which `probs` has only this rank's;
+    /// `None` on one device, where it follows from `probs`.
+    pub router_entropy: Option<f64>,
 }
 
 /// Load of one forward pass, on the host.
@@ -54,18 +57,34 @@ impl<B: Backend> LoadStats<B> {
     }
 
     fn router_entropy(&self) -> Result<f64> {
+        if let Some(entropy) = self.router_entropy {
+            return Ok(entropy);
+        }
         let [tokens, num_experts] = self.probs.dims();
         if tokens == 0 || num_experts < 2 {
             return Ok(1.0);
         }
-        // The clamp turns 0 · log 0 into 0.
-        let log = self.probs.clone().clamp_min(f32::MIN_POSITIVE).log();
-        let nats = -(self.probs.clone() * log).sum_dim(1).mean();
+        let nats = entropy_sum(self.probs.clone());
         let nats = host(nats.try_into_data(), "router entropy")?
             .iter::<f64>()
             .sum::<f64>();
-        Ok(nats / (num_experts as f64).ln())
+        Ok(normalised_entropy(nats, tokens, num_experts))
     }
+}
+
+/// Sum of the tokens' entropies, in nats: `[tokens, num_experts]` → `[1]`.
+pub(crate) fn entropy_sum<B: Backend>(probs: Tensor<B, 2>) -> Tensor<B, 1> {
+    // The clamp turns 0 · log 0 into 0.
+    let log = probs.clone().clamp_min(f32::MIN_POSITIVE).log();
+    -(probs * log).sum()
+}
+
+/// [`LoadReport::router_entropy`] from the sum over tokens.
+pub(crate) fn normalised_entropy(nats: f64, tokens: usize, num_experts: usize) -> f64 {
+    if tokens == 0 || num_experts < 2 {
+        return 1.0;
+    }
+    nats / tokens as f64 / (num_experts as f64).ln()
 }
 
 fn host(

@@ -10,6 +10,7 @@ use crate::config::BalanceConfig;
 use crate::error::{MoeError, Result};
 use crate::experts::Experts;
 use crate::load::LoadStats;
+use crate::parallel::{self, ExpertParallel};
 use crate::router::Router;
 
 /// A Mixture-of-Experts feed-forward layer:
@@ -35,6 +36,10 @@ pub struct Moe<B: Backend> {
     /// Weights of the auxiliary losses.
     #[module(skip)]
     pub balance: BalanceConfig,
+    /// How the layer is distributed over ranks; `None` on one device. Set by
+    /// [`parallelize`](crate::parallel::parallelize).
+    #[module(skip)]
+    pub parallel: Option<ExpertParallel>,
 }
 
 /// Result of [`Moe::forward`]; `D` is the rank of the input.
@@ -104,6 +109,15 @@ impl<B: ExpertOps> Moe<B> {
             }));
         }
         let tokens = shape.num_elements() / self.d_model;
+        if let Some(distribution) = &self.parallel {
+            let x = x.reshape([tokens, self.d_model]);
+            let out = parallel::forward(self, distribution, x)?;
+            return Ok(MoeOutput {
+                output: out.output.reshape(shape),
+                aux_loss: out.aux_loss,
+                load: out.load,
+            });
+        }
         if tokens == 0 {
             return Ok(self.no_tokens(x));
         }
@@ -125,6 +139,19 @@ impl<B: ExpertOps> Moe<B> {
         })
     }
 
+    /// Starts what the layer's next forward pass can have ready: the gather of its weights, if they
+    /// move. Call it before what lies in front of the layer (attention, say), on all ranks, and
+    /// run the layer before its parameters change. On one device it does nothing.
+    ///
+    /// # Errors
+    /// [`MoeError`] if the device or a rank failed.
+    pub fn prefetch(&self) -> Result<()> {
+        match &self.parallel {
+            Some(distribution) => parallel::prefetch(self, distribution),
+            None => Ok(()),
+        }
+    }
+
     /// The result for zero tokens. Back-ends need not know reductions over nothing.
     fn no_tokens<const D: usize>(&self, x: Tensor<B, D>) -> MoeOutput<B, D> {
         let device = x.device();
@@ -144,6 +171,7 @@ impl<B: ExpertOps> Moe<B> {
             tile_rows: hexa_ops::tile_rows::<B>(&probs.device()),
             tokens_per_expert,
             probs: probs.detach(),
+            router_entropy: None,
         }
     }
 }

@@ -33,6 +33,7 @@ fn report<B: TrainingBackend>() {
         tokens_per_expert: Tensor::<B, 1, Int>::from_data([2, 0, 1, 1], &device),
         probs: tensor::<B, 2>(&[[0.25; 4], uneven].concat(), [2, 4]),
         tile_rows: 3,
+        router_entropy: None,
     };
     let LoadReport {
         tokens_per_expert,

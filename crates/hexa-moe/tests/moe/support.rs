@@ -57,13 +57,18 @@ pub fn layer<B: ExpertOps>(config: &MoeConfig, seed: u64) -> (Moe<B>, Named) {
     let moe = config
         .init::<B>(&B::Device::default())
         .expect("a valid configuration");
+    filled(moe, seed)
+}
+
+/// A module whose parameters come from `seed`, and their values.
+pub fn filled<B: Backend, M: Module<B>>(module: M, seed: u64) -> (M, Named) {
     let mut fill = Fill {
         path: Path::default(),
         rng: Rng::new(seed),
         values: Named::new(),
     };
-    let moe = moe.map(&mut fill);
-    (moe, fill.values)
+    let module = module.map(&mut fill);
+    (module, fill.values)
 }
 
 #[derive(Default)]

@@ -1,0 +1,265 @@
+//! Data-centric: weights move.
+//!
+//! Forwards, the layer's weights are gathered and each rank computes its own tokens. Backwards,
+//! they are gathered again; each rank computes full weight gradients for its tokens, which are
+//! summed and scattered to the owners; token gradients stay where they are. Source:
+//! arXiv:2411.01288v4, section 4.3.
+
+use std::sync::Arc;
+
+use burn::tensor::TensorMetadata;
+use burn::tensor::ops::{FloatTensor, IntTensor};
+use hexa_ops::ExpertKernels;
+use hexa_ops::backend::{
+    FfnBackwardArgs, FfnGrads, FfnInputs, FfnNeeds, FfnWeights, RawExpertIndex,
+};
+use hexa_ops::FfnOptions;
+
+use super::cache::{PassId, Purpose};
+use super::comm::{Collective, Payload, Pending};
+use super::context::{ExpertParallel, ParallelContext};
+use super::host;
+use super::shard::{ExpertShards, HostExperts};
+use crate::error::Result;
+
+/// What the backward pass needs.
+#[derive(Debug, Clone)]
+pub struct Saved<F, I> {
+    pass: PassId,
+    x: F,
+    gates: F,
+    pre_activation: F,
+    index: RawExpertIndex<I>,
+    options: FfnOptions,
+    dropout_seed: Option<I>,
+    /// Without the shared cache, the layer's own.
+    retained: Option<(FfnWeights<F>, Arc<Retained>)>,
+}
+
+/// Bytes that are accounted for as long as this lives.
+#[derive(Debug)]
+struct Retained {
+    context: ParallelContext,
+    bytes: usize,
+}
+
+impl Drop for Retained {
+    fn drop(&mut self) {
+        self.context.cache().forget(self.bytes);
+    }
+}
+
+/// Starts the gather of a layer's weights from this rank's slices.
+pub fn start_gather<B: ExpertKernels>(
+    parallel: &ExpertParallel,
+    weights: FfnWeights<FloatTensor<B>>,
+) -> Result<Pending> {
+    let part = HostExperts {
+        w1: host::read::<B>(weights.w1, "w1")?,
+        b1: weights
+            .b1
+            .map_or(Ok(Vec::new()), |b1| host::read::<B>(b1, "b1"))?,
+        w2: host::read::<B>(weights.w2, "w2")?,
+    };
+    Ok(start(parallel, part))
+}
+
+/// The whole layer's weights, on the device of this rank's slices.
+fn finish_gather<B: ExpertKernels>(
+    parallel: &ExpertParallel,
+    own: &FfnWeights<FloatTensor<B>>,
+    pending: Pending,
+) -> Result<FfnWeights<FloatTensor<B>>> {
+    let shards = &parallel.shards;
+    let whole = shards.assemble(&pending.wait()?.into_f32());
+    let (device, dtype) = (B::float_device(&own.w1), own.w1.dtype());
+    let (experts, d_model, d_ff) = (shards.num_experts, shards.d_model, shards.d_ff());
+    let columns = shards.columns(d_ff);
+    Ok(FfnWeights {
+        w1: host::write::<B>(whole.w1, [experts, d_model, columns], dtype, &device),
+        b1: shards
+            .has_b1
+            .then(|| host::write::<B>(whole.b1, [experts, columns], dtype, &device)),
+        w2: host::write::<B>(whole.w2, [experts, d_ff, d_model], dtype, &device),
+        b2: own.b2.clone(),
+    })
+}
+
+/// See [`hexa_ops::backend::FfnExecutor::forward`].
+pub fn forward<B: ExpertKernels>(
+    parallel: &ExpertParallel,
+    inputs: FfnInputs<FloatTensor<B>, IntTensor<B>>,
+    differentiate: bool,
+) -> Result<(FloatTensor<B>, Saved<FloatTensor<B>, IntTensor<B>>)> {
+    let cache = parallel.context.cache();
+    let bytes = parallel.shards.whole_bytes();
+    let own = inputs.weights;
+    let purpose = Purpose::Forward {
+        layer: parallel.layer,
+    };
+    let pending = match cache.take_in_flight(purpose) {
+        Some(pending) => pending,
+        None => {
+            cache.release();
+            start_gather::<B>(parallel, own.clone())?
+        }
+    };
+    let weights = finish_gather::<B>(parallel, &own, pending)?;
+    let pass = cache.new_pass();
+    let mut retained = None;
+    if cache.is_shared() {
+        cache.hold(pass, weights.clone(), bytes);
+    } else {
+        cache.retain(bytes);
+        let context = parallel.context.clone();
+        retained = Some((weights.clone(), Arc::new(Retained { context, bytes })));
+    }
+
+    let index = B::expert_index(inputs.expert_ids, parallel.shards.num_experts);
+    let out = <B as ExpertKernels>::expert_ffn(
+        inputs.x.clone(),
+        inputs.gates.clone(),
+        weights,
+        index.clone(),
+        inputs.options,
+        inputs.dropout_seed.clone(),
+    );
+    if !differentiate {
+        cache.release();
+    } else if cache.is_shared() {
+        let parallel = parallel.clone();
+        cache.record(pass, parallel.layer, bytes, move || {
+            start_gather::<B>(&parallel, own.clone())
+        });
+    }
+    let saved = Saved {
+        pass,
+        x: inputs.x,
+        gates: inputs.gates,
+        pre_activation: out.pre_activation,
+        index,
+        options: inputs.options,
+        dropout_seed: inputs.dropout_seed,
+        retained,
+    };
+    Ok((out.output, saved))
+}
+
+/// See [`hexa_ops::backend::FfnExecutor::backward`].
+pub fn backward<B: ExpertKernels>(
+    parallel: &ExpertParallel,
+    grad_output: FloatTensor<B>,
+    own: FfnWeights<FloatTensor<B>>,
+    saved: Saved<FloatTensor<B>, IntTensor<B>>,
+    needs: FfnNeeds,
+) -> Result<FfnGrads<FloatTensor<B>>> {
+    let pass = saved.pass;
+    let weights = match saved.retained {
+        Some((weights, _)) => weights,
+        None => gather_again::<B>(parallel, &own, pass)?,
+    };
+    // All ranks train the same parameters, so that all take part in the exchange or none does.
+    let exchange = needs.w1 || needs.b1 || needs.w2;
+    let has_tokens = saved.index.tokens > 0;
+    let grads = <B as ExpertKernels>::expert_ffn_backward(FfnBackwardArgs {
+        grad_output,
+        x: saved.x,
+        gates: saved.gates,
+        weights,
+        pre_activation: saved.pre_activation,
+        index: saved.index,
+        options: saved.options,
+        dropout_seed: saved.dropout_seed,
+        needs: FfnNeeds {
+            w1: exchange,
+            b1: exchange && own.b1.is_some(),
+            w2: exchange,
+            ..needs
+        },
+    });
+    let pending = if exchange {
+        let addend = has_tokens.then(|| pack_grads::<B>(parallel, &grads));
+        Some(start_reduction(parallel, addend.transpose()?))
+    } else {
+        None
+    };
+    // The place is free again: the layer in front gathers while this one's gradients are summed.
+    parallel.context.cache().release();
+    parallel.context.cache().start_previous(pass)?;
+
+    let mut out = FfnGrads {
+        w1: None,
+        b1: None,
+        w2: None,
+        ..grads
+    };
+    if let Some(pending) = pending {
+        let rank = parallel.context.rank();
+        let part = parallel.shards.unpack(rank, pending.wait()?.into_f32());
+        super::executor::write_slices::<B>(&mut out, part, &own, needs);
+    }
+    Ok(out)
+}
+
+/// The weights of a pass, from the cache or from the ranks.
+fn gather_again<B: ExpertKernels>(
+    parallel: &ExpertParallel,
+    own: &FfnWeights<FloatTensor<B>>,
+    pass: PassId,
+) -> Result<FfnWeights<FloatTensor<B>>> {
+    let cache = parallel.context.cache();
+    if let Some(weights) = cache.take_held::<FfnWeights<FloatTensor<B>>>(pass) {
+        // Back into the place, which frees them when the next layer needs it.
+        cache.hold(pass, weights.clone(), parallel.shards.whole_bytes());
+        return Ok(weights);
+    }
+    let pending = match cache.take_in_flight(Purpose::Backward { pass }) {
+        Some(pending) => pending,
+        None => start_gather::<B>(parallel, own.clone())?,
+    };
+    let weights = finish_gather::<B>(parallel, own, pending)?;
+    cache.hold(pass, weights.clone(), parallel.shards.whole_bytes());
+    Ok(weights)
+}
+
+fn pack_grads<B: ExpertKernels>(
+    parallel: &ExpertParallel,
+    grads: &FfnGrads<FloatTensor<B>>,
+) -> Result<Vec<f32>> {
+    let read = |grad: &Option<FloatTensor<B>>, name| match grad {
+        Some(grad) => host::read::<B>(grad.clone(), name),
+        None => Ok(Vec::new()),
+    };
+    Ok(parallel.shards.scatter(&HostExperts {
+        w1: read(&grads.w1, "gradient of w1")?,
+        b1: read(&grads.b1, "gradient of b1")?,
+        w2: read(&grads.w2, "gradient of w2")?,
+    }))
+}
+
+fn start_reduction(parallel: &ExpertParallel, data: Option<Vec<f32>>) -> Pending {
+    let counts = parallel.shards.counts();
+    let name = parallel.name("expert weight gradients");
+    let collective = Collective::ReduceScatterV { data, counts };
+    parallel.context.comm().start(&name, collective)
+}
+
+/// Starts the gather for the layer's next forward pass.
+pub fn prefetch(parallel: &ExpertParallel, part: HostExperts) -> Result<()> {
+    let cache = parallel.context.cache();
+    let purpose = Purpose::Forward {
+        layer: parallel.layer,
+    };
+    cache.start(purpose, parallel.shards.whole_bytes(), || {
+        Ok(start(parallel, part))
+    })
+}
+
+fn start(parallel: &ExpertParallel, part: HostExperts) -> Pending {
+    let collective = Collective::AllGatherV {
+        data: Payload::F32(ExpertShards::pack(part)),
+        counts: parallel.shards.counts(),
+    };
+    let name = parallel.name("expert weights");
+    parallel.context.comm().start(&name, collective)
+}

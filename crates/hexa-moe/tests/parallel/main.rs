@@ -1,0 +1,10 @@
+//! Tests of the parallel layer with ranks as threads.
+
+mod cache;
+mod equivalence;
+mod failures;
+mod local;
+mod split;
+#[allow(dead_code, reason = "shared with the tests of the layer on one device")]
+#[path = "../moe/support.rs"]
+mod support;

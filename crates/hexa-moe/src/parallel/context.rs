@@ -24,12 +24,29 @@ pub enum Mode {
 
 /// One rank's place in a parallel job: its communicator and the cache of gathered weights.
 ///
-/// Clones are the same place. Each rank builds its model in its own thread or process: clones of
+/// Clones are the same place; keep one as long as the rank trains. When the last one goes, by a
+/// panic for example, the other ranks learn that this rank is gone. (The layers' own references do
+/// not count: Burn's graph keeps them beyond the life of a rank.)
+///
+/// Each rank builds its model in its own thread or process: clones of
 /// one model on two threads share nodes of Burn's graph, whose lock the backward pass holds while
 /// it waits for the other rank.
 #[derive(Debug, Clone)]
 pub struct ParallelContext {
     inner: Arc<Inner>,
+    _presence: Option<Arc<Presence>>,
+}
+
+/// Ends the rank when its owner is done with it, or unwinds.
+#[derive(Debug)]
+struct Presence(Arc<Inner>);
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        // What is recorded refers to this very place.
+        self.0.cache.clear();
+        self.0.comm.leave();
+    }
 }
 
 #[derive(Debug)]
@@ -53,13 +70,23 @@ impl ParallelContext {
     /// A place whose layers share one buffer for gathered weights, or, for comparison, keep their
     /// own from the forward to the backward pass.
     pub fn with_cache(comm: impl Communicator + 'static, shared: bool) -> Self {
+        let inner = Arc::new(Inner {
+            comm: Box::new(comm),
+            cache: GatherCache::new(shared),
+            sharded: Mutex::default(),
+            failure: Mutex::default(),
+        });
         Self {
-            inner: Arc::new(Inner {
-                comm: Box::new(comm),
-                cache: GatherCache::new(shared),
-                sharded: Mutex::default(),
-                failure: Mutex::default(),
-            }),
+            _presence: Some(Arc::new(Presence(inner.clone()))),
+            inner,
+        }
+    }
+
+    /// The same place, without a say in how long the rank is there.
+    pub(super) fn reference(&self) -> Self {
+        Self {
+            inner: self.inner.clone(),
+            _presence: None,
         }
     }
 

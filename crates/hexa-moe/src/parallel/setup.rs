@@ -44,7 +44,7 @@ pub fn parallelize<B: ExpertOps>(
     moe = write_experts(moe, &shards, shards.widths[rank], part);
     context.note_sharded(moe.experts.sliced_params());
     moe.parallel = Some(ExpertParallel {
-        context: context.clone(),
+        context: context.reference(),
         mode,
         shards,
         layer,

@@ -16,7 +16,7 @@ use crate::support::{Rng, tensor};
 fn job<T: Send>(rank: impl Fn(LocalCommunicator) -> T + Sync) -> Vec<Option<T>> {
     std::thread::scope(|scope| {
         let rank = &rank;
-        let threads: Vec<_> = local::world(3)
+        let threads: Vec<_> = local::world_with_timeout(3, Duration::from_secs(20))
             .into_iter()
             .map(|comm| scope.spawn(move || rank(comm)))
             .collect();

@@ -1,5 +1,7 @@
 //! Ranks as threads against one device.
 
+use std::time::Duration;
+
 use burn::backend::Autodiff;
 use hexa_moe::Activation;
 use hexa_moe::backends::Cpu;
@@ -11,7 +13,7 @@ use crate::equivalence::{Case, cases, check};
 
 /// Runs all ranks of a case; the first rank that differs is the error.
 fn run(case: &Case) -> Result<(), String> {
-    let communicators = local::world(case.tokens.len());
+    let communicators = local::world_with_timeout(case.tokens.len(), Duration::from_secs(20));
     std::thread::scope(|scope| {
         let ranks: Vec<_> = communicators
             .into_iter()

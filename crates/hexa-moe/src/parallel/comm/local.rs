@@ -241,6 +241,16 @@ impl Communicator for LocalCommunicator {
         Pending::new(move || ticket.finish())
     }
 
+    fn leave(&self) {
+        let reason = if std::thread::panicking() {
+            "panicked"
+        } else {
+            "left the job"
+        };
+        self.world.lock().lost[self.rank].get_or_insert(reason);
+        self.world.changed.notify_all();
+    }
+
     fn failure(&self) -> Option<CommError> {
         self.world.lock().failure.clone()
     }
@@ -248,12 +258,6 @@ impl Communicator for LocalCommunicator {
 
 impl Drop for LocalCommunicator {
     fn drop(&mut self) {
-        let reason = if std::thread::panicking() {
-            "panicked"
-        } else {
-            "left the job"
-        };
-        self.world.lock().lost[self.rank] = Some(reason);
-        self.world.changed.notify_all();
+        self.leave();
     }
 }

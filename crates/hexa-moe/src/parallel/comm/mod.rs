@@ -127,8 +127,7 @@ impl fmt::Debug for Pending {
 /// One rank's end of a job.
 ///
 /// All ranks call the same collectives in the same order. `tensor` names what is moved: ranks
-/// compare it, and errors show it. Dropping the communicator tells the others that this rank is
-/// gone.
+/// compare it, and errors show it. Dropping the communicator is leaving.
 pub trait Communicator: fmt::Debug + Send + Sync {
     /// This rank, in `0..world_size`.
     fn rank(&self) -> usize;
@@ -138,6 +137,9 @@ pub trait Communicator: fmt::Debug + Send + Sync {
 
     /// Starts a collective; errors come from waiting for it.
     fn start(&self, tensor: &str, collective: Collective) -> Pending;
+
+    /// Tells the other ranks that this one takes no further part; what it has started completes.
+    fn leave(&self);
 
     /// The failure after which this communicator no longer works.
     fn failure(&self) -> Option<CommError>;

@@ -54,11 +54,7 @@ impl BalanceConfig {
     }
 
     /// Sums over the tokens of `routing`, of which there is at least one; at least one loss is on.
-    pub(crate) fn sums<B: Backend>(
-        &self,
-        routing: &Routing<B>,
-        gate_noise: f64,
-    ) -> Tensor<B, 1> {
+    pub(crate) fn sums<B: Backend>(&self, routing: &Routing<B>, gate_noise: f64) -> Tensor<B, 1> {
         let mut sums = Vec::with_capacity(5);
         if self.gshard > 0.0 {
             let (probs, ids) = (&routing.gating.probs, &routing.gating.expert_ids);

@@ -10,10 +10,10 @@ use std::sync::Arc;
 use burn::tensor::TensorMetadata;
 use burn::tensor::ops::{FloatTensor, IntTensor};
 use hexa_ops::ExpertKernels;
+use hexa_ops::FfnOptions;
 use hexa_ops::backend::{
     FfnBackwardArgs, FfnGrads, FfnInputs, FfnNeeds, FfnWeights, RawExpertIndex,
 };
-use hexa_ops::FfnOptions;
 
 use super::cache::{PassId, Purpose};
 use super::comm::{Collective, Payload, Pending};

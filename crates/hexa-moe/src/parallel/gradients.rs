@@ -127,9 +127,11 @@ where
     // Two halves of the f64, since sums are in f32.
     let high = norms.sharded as f32;
     let low = (norms.sharded - f64::from(high)) as f32;
-    let sums = context
-        .comm()
-        .all_gather_v("squared norm", vec![high, low], &vec![2; context.world_size()])?;
+    let sums = context.comm().all_gather_v(
+        "squared norm",
+        vec![high, low],
+        &vec![2; context.world_size()],
+    )?;
     Ok(norms.replicated + sums.into_iter().map(f64::from).sum::<f64>())
 }
 
@@ -213,12 +215,8 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for Replace<'_> {
             return;
         };
         let tensor = param.val();
-        let sum = host::write::<B::InnerBackend>(
-            sum,
-            tensor.dims(),
-            tensor.dtype(),
-            &tensor.device(),
-        );
+        let sum =
+            host::write::<B::InnerBackend>(sum, tensor.dims(), tensor.dtype(), &tensor.device());
         let sum = Tensor::<B::InnerBackend, D>::from_primitive(TensorPrimitive::Float(sum));
         self.grads.register(param.id, sum);
     }

@@ -12,7 +12,12 @@ pub fn read<B: Backend>(tensor: FloatTensor<B>, name: &'static str) -> Result<Ve
     if tensor.shape().num_elements() == 0 {
         return Ok(Vec::new());
     }
-    let failed = |reason: String| MoeError::Ops(OpsError::Device { tensor: name, reason });
+    let failed = |reason: String| {
+        MoeError::Ops(OpsError::Device {
+            tensor: name,
+            reason,
+        })
+    };
     let data = try_read_sync(B::float_into_data(tensor))
         .ok_or_else(|| failed("the back-end cannot be read synchronously".to_owned()))?
         .map_err(|error| failed(error.to_string()))?;

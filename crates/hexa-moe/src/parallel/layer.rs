@@ -243,8 +243,16 @@ fn check_slices<B: ExpertOps>(moe: &Moe<B>, parallel: &ExpertParallel) -> Result
     let columns = shards.columns(units);
     let (experts, d_model) = (shards.num_experts, shards.d_model);
     let mut shapes = vec![
-        ("w1", moe.experts.w1.dims().to_vec(), vec![experts, d_model, columns]),
-        ("w2", moe.experts.w2.dims().to_vec(), vec![experts, units, d_model]),
+        (
+            "w1",
+            moe.experts.w1.dims().to_vec(),
+            vec![experts, d_model, columns],
+        ),
+        (
+            "w2",
+            moe.experts.w2.dims().to_vec(),
+            vec![experts, units, d_model],
+        ),
     ];
     if let Some(b1) = &moe.experts.b1 {
         shapes.push(("b1", b1.dims().to_vec(), vec![experts, columns]));
@@ -258,7 +266,10 @@ fn check_slices<B: ExpertOps>(moe: &Moe<B>, parallel: &ExpertParallel) -> Result
                 op: "parallel Moe",
                 tensor,
                 got,
-                expected: format!("{expected:?}, the slice of rank {}", parallel.context.rank()),
+                expected: format!(
+                    "{expected:?}, the slice of rank {}",
+                    parallel.context.rank()
+                ),
                 remedy: "load records of the whole into an undistributed layer, then distribute it",
             }));
         }

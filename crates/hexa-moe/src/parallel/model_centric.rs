@@ -40,7 +40,10 @@ struct Computed<F, I> {
 
 /// Rows of `width` elements as counts of elements.
 fn elements(tokens_per_rank: &[usize], width: usize) -> Vec<usize> {
-    tokens_per_rank.iter().map(|tokens| tokens * width).collect()
+    tokens_per_rank
+        .iter()
+        .map(|tokens| tokens * width)
+        .collect()
 }
 
 fn start_gather(
@@ -189,7 +192,12 @@ pub fn backward<B: ExpertKernels>(
     let gates = start_reduction(parallel, "gate gradients", gates, rows(top_k));
     let own_rows = |pending: Pending, width| -> Result<FloatTensor<B>> {
         let shape = [saved.tokens_per_rank[rank], width];
-        Ok(host::write::<B>(pending.wait()?.into_f32(), shape, dtype, &device))
+        Ok(host::write::<B>(
+            pending.wait()?.into_f32(),
+            shape,
+            dtype,
+            &device,
+        ))
     };
     grads.x = Some(own_rows(x, d_model)?);
     grads.gates = Some(own_rows(gates, top_k)?);

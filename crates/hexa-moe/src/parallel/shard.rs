@@ -66,7 +66,11 @@ impl ExpertShards {
     /// The rank that adds `b2` where outputs are sums over ranks: the one with the widest slice.
     pub fn bias_owner(&self) -> usize {
         let owner = (0..self.widths.len()).reduce(|a, b| {
-            if self.widths[b] > self.widths[a] { b } else { a }
+            if self.widths[b] > self.widths[a] {
+                b
+            } else {
+                a
+            }
         });
         owner.unwrap_or(0)
     }
@@ -80,7 +84,10 @@ impl ExpertShards {
             return Ok(());
         }
         Err(MoeError::Split {
-            got: format!("slices {:?} for d_ff {d_ff} and {world_size} ranks", self.widths),
+            got: format!(
+                "slices {:?} for d_ff {d_ff} and {world_size} ranks",
+                self.widths
+            ),
             allowed: "one slice per rank whose sum is d_ff",
         })
     }
@@ -98,7 +105,11 @@ impl ExpertShards {
     pub fn unpack(&self, rank: usize, mut part: Vec<f32>) -> HostExperts {
         let columns = self.columns(self.widths[rank]);
         let w1_len = self.num_experts * self.d_model * columns;
-        let b1_len = if self.has_b1 { self.num_experts * columns } else { 0 };
+        let b1_len = if self.has_b1 {
+            self.num_experts * columns
+        } else {
+            0
+        };
         let w2 = part.split_off(w1_len + b1_len);
         let b1 = part.split_off(w1_len);
         HostExperts { w1: part, b1, w2 }
@@ -139,7 +150,11 @@ impl ExpertShards {
 
     fn zeros(&self, d_ff: usize) -> HostExperts {
         let columns = self.columns(d_ff);
-        let b1_len = if self.has_b1 { self.num_experts * columns } else { 0 };
+        let b1_len = if self.has_b1 {
+            self.num_experts * columns
+        } else {
+            0
+        };
         HostExperts {
             w1: vec![0.0; self.num_experts * self.d_model * columns],
             b1: vec![0.0; b1_len],

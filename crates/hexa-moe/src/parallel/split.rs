@@ -37,7 +37,12 @@ pub fn split_proportional(total: usize, weights: &[f64], multiple: usize) -> Res
     let exact: Vec<f64> = weights.iter().map(|w| w / sum * units as f64).collect();
     let mut shares: Vec<usize> = exact.iter().map(|x| x.floor() as usize).collect();
     let mut order: Vec<usize> = (0..weights.len()).filter(|&i| weights[i] > 0.0).collect();
-    order.sort_by(|&a, &b| exact[b].fract().total_cmp(&exact[a].fract()).then(a.cmp(&b)));
+    order.sort_by(|&a, &b| {
+        exact[b]
+            .fract()
+            .total_cmp(&exact[a].fract())
+            .then(a.cmp(&b))
+    });
     // Rounding may have given a unit too many or too few; both are corrected by remainders.
     let given: usize = shares.iter().sum();
     for i in order.iter().cycle().take(units.saturating_sub(given)) {

@@ -1,1 +1,306 @@
-fn main() {}
+//! Ranks as processes. Started by itself, this launches its scenarios under `mpirun`; started by
+//! `mpirun`, it is a rank of one. Arguments filter scenarios by name.
+
+#[allow(dead_code, reason = "shared with the tests of ranks as threads")]
+#[path = "../parallel/equivalence.rs"]
+mod equivalence;
+#[allow(dead_code, reason = "shared with the tests of the layer on one device")]
+#[path = "../moe/support.rs"]
+mod support;
+
+use std::process::{Command, ExitCode, Output, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use burn::backend::Autodiff;
+use hexa_moe::backends::Cpu;
+use hexa_moe::parallel::Communicator;
+use hexa_moe::parallel::comm::mpi::MpiCommunicator;
+use hexa_moe::parallel::comm::{Collective, CommError, CommResult, Pending};
+
+use equivalence::{cases, check};
+
+type Ad = Autodiff<Cpu>;
+
+/// A scenario: ranks, whether the job is to succeed, and what the output must contain.
+struct Scenario {
+    name: &'static str,
+    ranks: usize,
+    succeeds: bool,
+    says: &'static [&'static str],
+}
+
+const fn equal(ranks: usize) -> Scenario {
+    Scenario {
+        name: "equivalence",
+        ranks,
+        succeeds: true,
+        says: &["18 cases equal one device"],
+    }
+}
+
+const SCENARIOS: &[Scenario] = &[
+    equal(1),
+    equal(2),
+    equal(3),
+    equal(4),
+    Scenario {
+        name: "collectives",
+        ranks: 3,
+        succeeds: true,
+        says: &[
+            "rank 0: as expected",
+            "rank 1: as expected",
+            "rank 2: as expected",
+        ],
+    },
+    Scenario {
+        name: "counts",
+        ranks: 3,
+        succeeds: true,
+        says: &[
+            "rank 0: as expected",
+            "rank 1: as expected",
+            "rank 2: as expected",
+        ],
+    },
+    Scenario {
+        name: "panic",
+        ranks: 3,
+        succeeds: false,
+        says: &["rank 1 panicked"],
+    },
+    Scenario {
+        name: "leave",
+        ranks: 3,
+        succeeds: false,
+        says: &["rank 2 left the job"],
+    },
+    Scenario {
+        name: "kill",
+        ranks: 3,
+        succeeds: false,
+        says: &["process rank 1", "signal 9"],
+    },
+    Scenario {
+        name: "hang",
+        ranks: 3,
+        succeeds: false,
+        says: &["rank(s) [1] did not reach `gradients`"],
+    },
+    #[cfg(feature = "wgpu")]
+    Scenario {
+        name: "mixed",
+        ranks: 2,
+        succeeds: true,
+        says: &[
+            "rank 0 (wgpu): 8 cases equal",
+            "rank 1 (cpu): 8 cases equal",
+        ],
+    },
+];
+
+fn main() -> ExitCode {
+    if std::env::var_os("OMPI_COMM_WORLD_SIZE").is_some() {
+        let name = std::env::args().nth(1).unwrap_or_default();
+        return match rank(&name) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("{error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    let filters: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|a| !a.starts_with('-'))
+        .collect();
+    let mut failed = 0;
+    for scenario in SCENARIOS {
+        let name = format!("{}_on_{}_ranks", scenario.name, scenario.ranks);
+        if !filters.is_empty() && !filters.iter().any(|filter| name.contains(filter)) {
+            continue;
+        }
+        let start = Instant::now();
+        match launch(scenario) {
+            Ok(()) => println!(
+                "test {name} ... ok ({:.1} s)",
+                start.elapsed().as_secs_f32()
+            ),
+            Err(error) => {
+                failed += 1;
+                println!("test {name} ... FAILED\n{error}");
+            }
+        }
+    }
+    ExitCode::from(u8::from(failed > 0))
+}
+
+fn launch(scenario: &Scenario) -> Result<(), String> {
+    let program = std::env::current_exe().map_err(|e| e.to_string())?;
+    let child = Command::new("timeout")
+        .args([
+            "-k",
+            "5",
+            "300",
+            "mpirun",
+            "--oversubscribe",
+            "--allow-run-as-root",
+        ])
+        .args(["-np", &scenario.ranks.to_string()])
+        .arg(program)
+        .arg(scenario.name)
+        .stdin(Stdio::null())
+        .output();
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = child.map_err(|e| format!("mpirun: {e}; install openmpi-bin"))?;
+    let text = String::from_utf8_lossy(&stdout) + String::from_utf8_lossy(&stderr);
+    if status.code() == Some(124) {
+        return Err(format!("the job hangs\n{text}"));
+    }
+    if status.success() != scenario.succeeds {
+        return Err(format!("{status}\n{text}"));
+    }
+    match scenario.says.iter().find(|part| !text.contains(**part)) {
+        Some(part) => Err(format!("`{part}` is not in\n{text}")),
+        None => Ok(()),
+    }
+}
+
+/// A process has one MPI communicator; its cases share it one after the other.
+#[derive(Debug, Clone)]
+struct Shared(Arc<MpiCommunicator>);
+
+impl Communicator for Shared {
+    fn rank(&self) -> usize {
+        self.0.rank()
+    }
+    fn world_size(&self) -> usize {
+        self.0.world_size()
+    }
+    fn start(&self, tensor: &str, collective: Collective) -> Pending {
+        self.0.start(tensor, collective)
+    }
+    fn leave(&self) {}
+    fn failure(&self) -> Option<CommError> {
+        self.0.failure()
+    }
+}
+
+fn rank(scenario: &str) -> Result<(), String> {
+    let seconds = if scenario == "hang" { 2 } else { 120 };
+    let comm = MpiCommunicator::init(Duration::from_secs(seconds)).map_err(|e| e.to_string())?;
+    let rank = comm.rank();
+    match scenario {
+        "equivalence" => {
+            let comm = Shared(Arc::new(comm));
+            let cases = cases(comm.world_size());
+            for case in &cases {
+                check::<Ad, Ad>(comm.clone(), case)
+                    .map_err(|e| fatal(format!("rank {rank} of {case:?}: {e}")))?;
+            }
+            println!("rank {rank}: {} cases equal one device", cases.len());
+        }
+        #[cfg(feature = "wgpu")]
+        "mixed" => mixed(comm)?,
+        "collectives" => {
+            collectives(&comm).map_err(|e| e.to_string())?;
+            println!("rank {rank}: as expected");
+        }
+        "counts" => {
+            let counts = if rank == 2 { [2, 3, 1] } else { [2, 2, 2] };
+            let data = vec![0.0; counts[rank]];
+            let error = comm.all_gather_v("layer 4: w1", data, &counts).unwrap_err();
+            let text = error.to_string();
+            let names = ["layer 4: w1", "[2, 3, 1]", "[2, 2, 2]"];
+            if names.iter().all(|name| text.contains(name)) && comm.barrier("later") == Err(error) {
+                println!("rank {rank}: as expected");
+            }
+        }
+        "panic" if rank == 1 => panic!("this rank is meant to die"),
+        "leave" if rank == 2 => {}
+        "kill" if rank == 1 => {
+            comm.barrier("start").map_err(|e| e.to_string())?;
+            let own = std::process::id().to_string();
+            Command::new("kill")
+                .args(["-9", &own])
+                .status()
+                .map_err(|e| e.to_string())?;
+        }
+        "hang" if rank == 1 => std::thread::sleep(Duration::from_secs(200)),
+        _ => {
+            if scenario == "kill" {
+                comm.barrier("start").map_err(|e| e.to_string())?;
+            }
+            comm.all_reduce("gradients", vec![0.0])
+                .map_err(|e| e.to_string())?;
+        }
+    }
+    Ok(())
+}
+
+/// A rank that found a difference must not wait for the others at the end.
+fn fatal(error: String) -> String {
+    eprintln!("{error}");
+    std::process::exit(1);
+}
+
+fn collectives(comm: &MpiCommunicator) -> CommResult<()> {
+    let (rank, me) = (comm.rank(), comm.rank() as f32);
+    let part = vec![me; rank];
+    assert_eq!(comm.all_gather_v("g", part, &[0, 1, 2])?, [1.0, 2.0, 2.0]);
+    let addend = (rank != 1).then(|| vec![1.0 + me, 2.0, 3.0]);
+    let sum = comm.reduce_scatter_v("s", addend, &[1, 0, 2])?;
+    assert_eq!(sum, [&[4.0][..], &[], &[4.0, 6.0]][rank]);
+    assert_eq!(
+        comm.reduce_scatter_v("nothing", None, &[1, 0, 2])?,
+        vec![0.0; [1, 0, 2][rank]]
+    );
+    assert_eq!(comm.broadcast("b", vec![me; 2], 2, 2)?, [2.0, 2.0]);
+    assert_eq!(comm.all_gather_u32("u", vec![rank as u32])?, [0, 1, 2]);
+    assert_eq!(comm.all_reduce("empty", Vec::new())?, []);
+    // Short and long sums take different paths; both are in the order of ranks.
+    for len in [1, 5000] {
+        let addend = vec![[1e8, 1.0, -1e8][rank]; len];
+        assert_eq!(comm.all_reduce("in order", addend)?, vec![0.0; len]);
+    }
+    let addend = || Collective::AllReduce { data: vec![me] };
+    let first = comm.start("first", addend());
+    drop(comm.start("dropped", addend()));
+    let second = comm.start("second", addend());
+    assert_eq!(second.wait()?.into_f32(), [3.0]);
+    assert_eq!(first.wait()?.into_f32(), [3.0]);
+    comm.barrier("end")
+}
+
+/// A Vulkan rank and a CPU rank in one job.
+#[cfg(feature = "wgpu")]
+fn mixed(comm: MpiCommunicator) -> Result<(), String> {
+    use hexa_moe::backends::Wgpu;
+    let rank = comm.rank();
+    let comm = Shared(Arc::new(comm));
+    // A rank without tokens is the CPU's in these cases, one without a slice too.
+    let cases: Vec<_> = cases(2)
+        .into_iter()
+        .enumerate()
+        .filter(|(i, _)| i % 9 % 2 == 0 && i % 9 != 8)
+        .map(|(_, case)| equivalence::Case {
+            tolerance: 1e-4,
+            ..case
+        })
+        .collect();
+    for case in &cases {
+        let outcome = if rank == 0 {
+            check::<Autodiff<Wgpu>, Ad>(comm.clone(), case)
+        } else {
+            check::<Ad, Ad>(comm.clone(), case)
+        };
+        outcome.map_err(|e| fatal(format!("rank {rank} of {case:?}: {e}")))?;
+    }
+    let backend = if rank == 0 { "wgpu" } else { "cpu" };
+    println!("rank {rank} ({backend}): {} cases equal", cases.len());
+    Ok(())
+}

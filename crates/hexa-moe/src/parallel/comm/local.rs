@@ -170,26 +170,32 @@ impl Drop for Ticket {
 
 /// What `rank` receives; all deposits announce the same collective.
 fn result(deposits: &[Arc<Deposit>], rank: usize) -> Payload {
-    let floats = deposits.iter().filter_map(|deposit| match &deposit.collective {
-        Collective::AllGatherV {
-            data: Payload::F32(data),
-            ..
-        } => Some(data.as_slice()),
-        Collective::ReduceScatterV { data, .. } => data.as_deref().filter(|data| !data.is_empty()),
-        Collective::AllReduce { data } => Some(data.as_slice()),
-        _ => None,
-    });
+    let floats = deposits
+        .iter()
+        .filter_map(|deposit| match &deposit.collective {
+            Collective::AllGatherV {
+                data: Payload::F32(data),
+                ..
+            } => Some(data.as_slice()),
+            Collective::ReduceScatterV { data, .. } => {
+                data.as_deref().filter(|data| !data.is_empty())
+            }
+            Collective::AllReduce { data } => Some(data.as_slice()),
+            _ => None,
+        });
     match &deposits[rank].collective {
         Collective::AllGatherV { data, .. } => match data {
             Payload::F32(_) => Payload::F32(floats.collect::<Vec<_>>().concat()),
             Payload::U32(_) => {
-                let parts = deposits.iter().filter_map(|deposit| match &deposit.collective {
-                    Collective::AllGatherV {
-                        data: Payload::U32(data),
-                        ..
-                    } => Some(data.as_slice()),
-                    _ => None,
-                });
+                let parts = deposits
+                    .iter()
+                    .filter_map(|deposit| match &deposit.collective {
+                        Collective::AllGatherV {
+                            data: Payload::U32(data),
+                            ..
+                        } => Some(data.as_slice()),
+                        _ => None,
+                    });
                 Payload::U32(parts.collect::<Vec<_>>().concat())
             }
         },

@@ -15,6 +15,8 @@ mod error;
 pub mod local;
 #[cfg(feature = "mpi")]
 pub mod mpi;
+#[cfg(any(feature = "mpi", test))]
+mod wire;
 
 pub(crate) use agreement::part;
 pub use error::CommError;
@@ -148,12 +150,7 @@ pub trait Communicator: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// [`CommError`], on all ranks.
-    fn all_gather_v(
-        &self,
-        tensor: &str,
-        data: Vec<f32>,
-        counts: &[usize],
-    ) -> CommResult<Vec<f32>> {
+    fn all_gather_v(&self, tensor: &str, data: Vec<f32>, counts: &[usize]) -> CommResult<Vec<f32>> {
         let data = Payload::F32(data);
         let counts = counts.to_vec();
         let pending = self.start(tensor, Collective::AllGatherV { data, counts });
@@ -206,7 +203,11 @@ pub trait Communicator: fmt::Debug + Send + Sync {
         root: usize,
         len: usize,
     ) -> CommResult<Vec<f32>> {
-        let data = Payload::F32(if self.rank() == root { data } else { Vec::new() });
+        let data = Payload::F32(if self.rank() == root {
+            data
+        } else {
+            Vec::new()
+        });
         let pending = self.start(tensor, Collective::Broadcast { data, root, len });
         pending.wait().map(Payload::into_f32)
     }

@@ -261,7 +261,7 @@ fn collectives(comm: &MpiCommunicator) -> CommResult<()> {
     );
     assert_eq!(comm.broadcast("b", vec![me; 2], 2, 2)?, [2.0, 2.0]);
     assert_eq!(comm.all_gather_u32("u", vec![rank as u32])?, [0, 1, 2]);
-    assert_eq!(comm.all_reduce("empty", Vec::new())?, []);
+    assert!(comm.all_reduce("empty", Vec::new())?.is_empty());
     // Short and long sums take different paths; both are in the order of ranks.
     for len in [1, 5000] {
         let addend = vec![[1e8, 1.0, -1e8][rank]; len];

@@ -345,12 +345,6 @@ pub fn check<R: TrainingBackend, S: TrainingBackend>(
         case.tolerance,
     )?;
     near("losses", &run.losses, &whole.losses, 1e-4)?;
-    let (first, last) = (run.losses[0], run.losses[STEPS - 1]);
-    if last >= first {
-        return Err(format!(
-            "training does not lower the loss: {first} to {last}"
-        ));
-    }
     Ok(())
 }
 

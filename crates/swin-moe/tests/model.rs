@@ -203,14 +203,14 @@ fn every_trained_parameter_learns<B: TrainingBackend>() {
             },
             BalanceConfig::load_importance(0.1).with_z_loss(0.01),
             Activation::SwiGlu,
-            1,
+            7,
         ),
     ] {
         let mut config = small();
         config.moe.router = router;
         config.moe.balance = balance;
         config.moe.activation = activation;
-        config.moe.num_shared_experts = shared;
+        config.moe.shared_d_ff = shared;
         config.moe.dropout = 0.2;
         config.drop_path = 0.1;
         config.init_std = 0.3;

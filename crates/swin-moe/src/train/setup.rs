@@ -21,6 +21,7 @@ use super::schedule::Schedule;
 use super::session::{Place, Session};
 use crate::backend::{BackendKind, Job, dispatch};
 use crate::config::{Config, DataSource, TrainConfig};
+use crate::memory::{Held, check_fits};
 use crate::model::SwinMoe;
 use crate::settings::model_config;
 
@@ -195,8 +196,10 @@ pub(crate) fn new_model<B: TrainingBackend>(
     num_classes: usize,
     device: &B::Device,
 ) -> Result<SwinMoe<B>> {
+    let model = model_config(config, num_classes)?;
+    check_fits(&model, Held::TrainingState, config.train.batch_size)?;
     B::seed(device, init_seed(config.train.seed));
-    Ok(model_config(config, num_classes)?.init(device)?)
+    Ok(model.init(device)?)
 }
 
 fn adamw_config(train: &TrainConfig) -> AdamWConfig {

@@ -2,7 +2,6 @@
 //! out of memory is ended without a word.
 
 use crate::info::ModelInfo;
-use crate::model::geometry::Geometry;
 use crate::model::{ModelError, SwinMoeConfig};
 
 /// What of a model is held at once.
@@ -16,33 +15,41 @@ pub enum Held {
 
 /// Refuses a model of which the part that is certain to be held does not fit into the machine.
 ///
-/// Of the activations of `images` images, the largest attention matrix alone is counted. Where the
-/// machine does not tell how much memory it has, nothing is refused.
+/// Of the activations of `images` images, the largest tensor alone is counted. Where the machine
+/// does not tell how much memory it has, nothing is refused.
 ///
 /// # Errors
 /// [`ModelError::Config`] if it does not fit, or the configuration is not valid.
 pub fn check_fits(config: &SwinMoeConfig, held: Held, images: usize) -> Result<(), ModelError> {
     let memory = ModelInfo::new(config, 1)?.memory();
     let (needed, what) = match held {
-        Held::Parameters => (memory.params_bytes, "parameters and attention"),
+        Held::Parameters => (memory.params_bytes, "parameters and largest tensor"),
         Held::TrainingState => (
             memory.params_bytes + memory.gradients_bytes + memory.optimizer_bytes,
-            "parameters, gradients, moments and attention",
+            "parameters, gradients, moments and largest tensor",
         ),
     };
-    let attention = attention_bytes(&config.geometry()?).saturating_mul(images as u64);
-    let needed = needed.saturating_add(attention);
+    let largest = largest_tensor_bytes(config)?.saturating_mul(images as u64);
+    let needed = needed.saturating_add(largest);
     check(needed, what, config.embed_dim, machine_bytes())
 }
 
-/// The largest attention matrix of one image.
-fn attention_bytes(geometry: &Geometry) -> u64 {
+/// The largest tensor that one image becomes: attention of a block, or the hidden values of an MLP.
+fn largest_tensor_bytes(config: &SwinMoeConfig) -> Result<u64, ModelError> {
+    let moe = &config.moe;
+    let geometry = config.geometry()?;
     let blocks = geometry.stages.iter().flat_map(|stage| &stage.blocks);
-    let bytes = blocks.map(|block| {
-        let (layout, heads) = (block.layout, block.num_heads as u64);
-        4 * heads * (layout.grid * layout.grid) as u64 * layout.window_tokens() as u64
+    let values = blocks.map(|block| {
+        let tokens = block.layout.grid * block.layout.grid;
+        let hidden = if block.is_moe {
+            let routed = moe.top_k * moe.activation.hidden_width(block.hidden);
+            routed.max(moe.activation.hidden_width(moe.shared_d_ff))
+        } else {
+            block.hidden
+        };
+        tokens * hidden.max(block.num_heads * block.layout.window_tokens())
     });
-    bytes.max().unwrap_or(0)
+    Ok(4 * values.max().unwrap_or(0) as u64)
 }
 
 fn check(

@@ -79,7 +79,7 @@ const SETTINGS: [(&str, &str); 62] = [
 ];
 
 /// Several settings that are valid alone.
-const TOGETHER: [(&str, &str, &[&str]); 6] = [
+const TOGETHER: [(&str, &str, &[&str]); 7] = [
     (
         "two crops",
         "choose one of the two crops",
@@ -113,6 +113,15 @@ const TOGETHER: [(&str, &str, &[&str]); 6] = [
         "more pixels than fit",
         "pixel values",
         &["model.image_size=4096", "train.batch_size=1000"],
+    ),
+    (
+        "a shared expert of a million columns for all images at once",
+        "this machine's memory",
+        &[
+            "model.patch_size=1",
+            "moe.shared_d_ff=1048576",
+            "train.batch_size=1437",
+        ],
     ),
     (
         "attention over a whole large image",

@@ -91,11 +91,13 @@ fn resumed(scratch: &Path, run: &Path) -> Vec<Case> {
     let mut no_text = metrics.clone();
     no_text[5] = 0xff;
     let folder = image_folder(&scratch.join("two-classes"));
-    let with_data = [
-        damaged("data", &|_| {}),
-        words(&format!("--data {}", folder.display())),
-    ]
-    .concat();
+    let small_batches = scratch.join("small-batches");
+    train_tiny(&small_batches, &["train.batch_size=4"], "--max-steps 1");
+    let with_data = words(&format!(
+        "train --resume {} --data {}",
+        small_batches.display(),
+        folder.display()
+    ));
     vec![
         Case::new(
             "resume with metrics cut short",
@@ -168,7 +170,7 @@ fn published(scratch: &Path, config: &Path) -> Vec<Case> {
         // In safetensors, a flip in the numbers makes other numbers: only the header can be wrong.
         let places = match kind {
             "pth" => entries(&fixture(name)),
-            _ => vec![0..9],
+            _ => Vec::from([0..9]),
         };
         for copy in 0..COPIES {
             let place = places[numbers.below(places.len())].clone();

@@ -199,6 +199,15 @@ fn no_tokens<B: TrainingBackend>() {
         (load.load_entropy, load.router_entropy, load.tile_waste),
         (1.0, 1.0, 0.0)
     );
+    // The gradient of an output without elements, which is not a scalar.
+    let got = gradients::<B, _>(&moe, &out.output.backward());
+    for name in ["experts.w1", "experts.b1", "experts.w2", "experts.b2"] {
+        assert!(
+            got[name].iter().all(|&g| g == 0.0),
+            "{name}: {:?}",
+            got[name]
+        );
+    }
 }
 backend_test!(zero_tokens_are_an_ordinary_input, no_tokens);
 

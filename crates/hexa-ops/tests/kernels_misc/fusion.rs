@@ -1,6 +1,5 @@
 //! Under burn-fusion the same kernels run on the same tensors: every bit is equal.
 
-use burn::tensor::backend::Backend;
 use burn::tensor::ops::{FloatTensor, IntTensor};
 use hexa_ops::backend::{FfnBackwardArgs, FfnNeeds, FfnWeights, RawExpertIndex};
 use hexa_ops::{Activation, ExpertKernels, FfnOptions, MatmulPrecision, backend_test};

@@ -5,6 +5,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend, ops::FloatT
 use hexa_ops::RowOrder;
 use hexa_ops::backend::{EsmmArgs, ExpertKernels, RawExpertIndex};
 use hexa_ops::backend_test;
+use hexa_ops::host;
 use hexa_ops::testing::backend::{TestBackend, skip};
 
 const ORDERS: [RowOrder; 3] = [RowOrder::Token, RowOrder::Slot, RowOrder::Expert];
@@ -59,7 +60,7 @@ impl Routing {
     fn index<B: ExpertKernels>(&self, device: &B::Device) -> RawExpertIndex<B::IntTensorPrimitive> {
         let ints = |values: Vec<usize>| {
             let values: Vec<i32> = values.into_iter().map(|v| v as i32).collect();
-            Tensor::<B, 1, Int>::from_data(values.as_slice(), device).into_primitive()
+            host::upload::<B, 1, Int>(values.as_slice().into(), device).into_primitive()
         };
         let counts: Vec<usize> = (0..self.num_experts)
             .map(|e| self.ids.iter().filter(|id| **id == e).count())
@@ -115,7 +116,7 @@ fn upload<B: Backend, const D: usize>(
     dtype: DType,
     device: &B::Device,
 ) -> Tensor<B, D> {
-    Tensor::from_data(
+    host::upload(
         TensorData::new(data.to_vec(), shape).convert_dtype(dtype),
         (device, dtype),
     )
@@ -133,7 +134,7 @@ fn download<B: Backend, const D: usize>(
     let tensor = Tensor::<B, D>::from_primitive(burn::tensor::TensorPrimitive::Float(tensor));
     assert_eq!(tensor.dims(), shape);
     assert_eq!(tensor.dtype(), dtype);
-    tensor.into_data().convert::<f64>().into_vec().unwrap()
+    host::download(tensor).unwrap().iter::<f64>().collect()
 }
 
 /// Fails unless every value is within the type's rounding of its reference.

@@ -1,6 +1,7 @@
 //! The dense product.
 
 use burn::tensor::Tensor;
+use hexa_ops::host::download;
 use hexa_ops::testing::oracle::Matmul;
 use hexa_ops::{ExpertKernels, MatmulPrecision, backend_test};
 
@@ -26,8 +27,9 @@ fn check<K: ExpertKernels>(
 ) {
     let [batches, m, k] = lhs.dims();
     let n = rhs.dims()[2];
-    let host =
-        |tensor: &Tensor<K, 3>| -> Vec<f64> { tensor.clone().into_data().iter::<f64>().collect() };
+    let host = |tensor: &Tensor<K, 3>| -> Vec<f64> {
+        download(tensor.clone()).unwrap().iter::<f64>().collect()
+    };
     let expected = product(&host(&lhs), &host(&rhs), [batches, m, k, n]);
     let (shape, got) = floats::<K, 3>(K::dense_matmul(raw(lhs), raw(rhs), precision));
     assert_eq!(shape, [batches, m, n], "{what}");

@@ -15,6 +15,13 @@ pub type Outcome = Result<(), TestCaseError>;
 /// Shapes to try for each group of operators, on every back-end.
 pub const CASES: u32 = 200;
 
+/// As many cases of what is not a comparison with the oracle, or a quarter of them on an emulated
+/// device.
+pub fn fewer(cases: u32) -> u32 {
+    let small = TestBackend::selected().is_ok_and(TestBackend::prefers_small_shapes);
+    if small { cases / 4 } else { cases }
+}
+
 /// Runs a property over random cases, the same ones in each run.
 ///
 /// `PROPTEST_RNG_SEED` and `PROPTEST_CASES` ask for others and for more.

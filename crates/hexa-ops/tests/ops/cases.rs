@@ -3,6 +3,7 @@
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData};
+use hexa_ops::host::{download, upload};
 use hexa_ops::testing::backend::TestBackend;
 use hexa_ops::testing::oracle::Routing;
 use proptest::prelude::*;
@@ -13,6 +14,13 @@ pub type Outcome = Result<(), TestCaseError>;
 
 /// Shapes to try for each group of operators, on every back-end.
 pub const CASES: u32 = 200;
+
+/// As many cases of what is not a comparison with the oracle, or a quarter of them on an emulated
+/// device.
+pub fn fewer(cases: u32) -> u32 {
+    let small = TestBackend::selected().is_ok_and(TestBackend::prefers_small_shapes);
+    if small { cases / 4 } else { cases }
+}
 
 /// Runs a property over random cases, the same ones in each run.
 ///
@@ -177,7 +185,7 @@ pub fn layout() -> impl Strategy<Value = Layout> {
 pub fn tensor<B: Backend, const D: usize>(values: &[f64], shape: [usize; D]) -> Tensor<B, D> {
     let device = B::Device::default();
     let values: Vec<f32> = values.iter().map(|&v| v as f32).collect();
-    Tensor::from_data(TensorData::new(values, shape), &device)
+    upload(TensorData::new(values, shape), &device)
 }
 
 /// A float tensor of rank two or more that is laid out as asked.
@@ -229,7 +237,7 @@ pub fn laid_out<B: Backend, const D: usize>(
 /// The expert ids of a routing: `[tokens, top_k]`.
 pub fn expert_ids<B: Backend>(routing: &Routing) -> Tensor<B, 2, Int> {
     let ids: Vec<i32> = routing.expert_ids.iter().map(|&id| id as i32).collect();
-    Tensor::from_data(
+    upload(
         TensorData::new(ids, [routing.tokens, routing.top_k]),
         &B::Device::default(),
     )
@@ -237,8 +245,8 @@ pub fn expert_ids<B: Backend>(routing: &Routing) -> Tensor<B, 2, Int> {
 
 /// An integer tensor's elements.
 pub fn integers<B: Backend, const D: usize>(tensor: Tensor<B, D, Int>) -> Vec<usize> {
-    tensor
-        .into_data()
+    download(tensor)
+        .unwrap()
         .iter::<i64>()
         .map(|v| usize::try_from(v).expect("indices are not negative"))
         .collect()
@@ -252,6 +260,6 @@ pub fn seed_tensor<B: Backend>(seed: [u32; 2]) -> Tensor<B, 1, Int> {
 
 /// Whether two tensors have the same bits.
 pub fn same_bits<B: Backend, const D: usize>(a: Tensor<B, D>, b: Tensor<B, D>) -> bool {
-    let (a, b) = (a.into_data(), b.into_data());
+    let (a, b) = (download(a).unwrap(), download(b).unwrap());
     a.shape == b.shape && a.dtype == b.dtype && a.as_bytes() == b.as_bytes()
 }

@@ -170,7 +170,7 @@ fn published(scratch: &Path, config: &Path) -> Vec<Case> {
         // In safetensors, a flip in the numbers makes other numbers: only the header can be wrong.
         let places = match kind {
             "pth" => entries(&fixture(name)),
-            _ => Vec::from([0..9]),
+            _ => std::iter::once(0..9).collect(),
         };
         for copy in 0..COPIES {
             let place = places[numbers.below(places.len())].clone();

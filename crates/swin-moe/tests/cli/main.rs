@@ -5,6 +5,7 @@ mod bad_configs;
 mod bad_data;
 mod bad_files;
 mod bad_input;
+mod bad_weights;
 mod commands;
 mod files;
 mod harness;

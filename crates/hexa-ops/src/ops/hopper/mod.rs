@@ -7,6 +7,11 @@
 //! devices and types, widths that are no multiple of eight) they hand back, and the portable
 //! kernels run: a choice by capability and shape, the same in every run.
 
+#![allow(
+    clippy::result_large_err,
+    reason = "an Err hands the operands back to the caller, who goes on with them"
+)]
+
 mod ffn;
 mod launch;
 mod plan;
@@ -96,9 +101,12 @@ pub(crate) fn expert_ffn<R: CubeRuntime>(
     on_cuda(args, ffn::forward)
 }
 
+/// Operands of the fused FFN's backward pass.
+type BackwardArgs<R> = FfnBackwardArgs<CubeTensor<R>, CubeTensor<R>>;
+
 /// [`crate::ExpertKernels::expert_ffn_backward`], or its arguments back.
 pub(crate) fn expert_ffn_backward<R: CubeRuntime>(
-    args: FfnBackwardArgs<CubeTensor<R>, CubeTensor<R>>,
-) -> Result<FfnGrads<CubeTensor<R>>, FfnBackwardArgs<CubeTensor<R>, CubeTensor<R>>> {
+    args: BackwardArgs<R>,
+) -> Result<FfnGrads<CubeTensor<R>>, BackwardArgs<R>> {
     on_cuda(args, ffn::backward)
 }

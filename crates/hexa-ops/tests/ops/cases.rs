@@ -4,7 +4,7 @@
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData};
 use hexa_ops::host::{download, upload};
-use hexa_ops::testing::backend::TestBackend;
+use hexa_ops::testing::backend::{TestBackend, skip};
 use hexa_ops::testing::oracle::Routing;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
@@ -119,10 +119,34 @@ impl RoutingCase {
     }
 }
 
+/// Whether Burn's own operations take tensors without elements here, and if not, a printed skip.
+///
+/// CubeCL 0.10 launches them with no cubes, which CUDA refuses; all later work then fails. The
+/// operators' kernels take no tokens on CUDA too: `kernels_mm` and `kernels_misc` call them without
+/// Burn's operations around them.
+pub fn burn_takes_no_elements(test: &str) -> bool {
+    let is_cuda = matches!(
+        TestBackend::selected(),
+        Ok(TestBackend::Cuda | TestBackend::FusionCuda)
+    );
+    if is_cuda {
+        skip(
+            test,
+            "Burn's operations fail on CUDA for tensors without elements",
+        );
+    }
+    !is_cuda
+}
+
+/// Fewest tokens of random cases: none where everything takes none.
+pub fn fewest_tokens() -> usize {
+    usize::from(!burn_takes_no_elements("random cases without tokens"))
+}
+
 /// Routings of up to `most` tokens, the awkward ones often: none, one, all experts chosen.
 pub fn routing_case(most: usize) -> impl Strategy<Value = RoutingCase> {
     let tokens = prop_oneof![
-        1 => Just(0_usize),
+        1 => Just(fewest_tokens()),
         2 => Just(1),
         6 => 2..=most.min(24),
         3 => most.min(24)..=most,

@@ -18,7 +18,7 @@ const D_MODEL: usize = 4;
 const D_FF: usize = 6;
 
 fn zeros<B: Backend, const D: usize>(shape: [usize; D]) -> Tensor<B, D> {
-    Tensor::zeros(shape, &B::Device::default())
+    upload(TensorData::zeros::<f32, _>(shape), &B::Device::default())
 }
 
 /// A tensor of another element type than the default, uploaded as such.

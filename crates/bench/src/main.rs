@@ -7,8 +7,9 @@ mod case;
 mod report;
 mod verify;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use burn::backend::Autodiff;
+use burn::tensor::DType;
 use burn::tensor::backend::Backend;
 use case::{Shape, measure};
 use clap::{Parser, ValueEnum};
@@ -25,6 +26,9 @@ struct Arguments {
     /// Shapes as tokens,d_model,d_ff,num_experts,top_k; may be given several times.
     #[arg(long = "shape", default_values_t = [Shape::default()])]
     shapes: Vec<Shape>,
+    /// Type of tokens and weights; the router is f32 in any case.
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: DTypeName,
     /// Timed repetitions after two that are not counted.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repetitions: u32,
@@ -40,13 +44,35 @@ enum BackendName {
     Cuda,
 }
 
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum DTypeName {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl DTypeName {
+    fn dtype(self) -> DType {
+        match self {
+            DTypeName::F32 => DType::F32,
+            DTypeName::Bf16 => DType::BF16,
+            DTypeName::F16 => DType::F16,
+        }
+    }
+}
+
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let mut report = Report::default();
     for &backend in &arguments.backend {
         for shape in &arguments.shapes {
-            let row = run(backend, *shape, arguments.repetitions)
-                .with_context(|| format!("{} at {shape}", name(backend)))?;
+            let row = run(
+                backend,
+                *shape,
+                arguments.dtype.dtype(),
+                arguments.repetitions,
+            )
+            .with_context(|| format!("{} at {shape}", name(backend)))?;
             report.push(name(backend), *shape, row);
         }
     }
@@ -66,14 +92,19 @@ fn name(backend: BackendName) -> &'static str {
     }
 }
 
-fn run(backend: BackendName, shape: Shape, repetitions: u32) -> Result<case::Timings> {
+fn run(
+    backend: BackendName,
+    shape: Shape,
+    dtype: DType,
+    repetitions: u32,
+) -> Result<case::Timings> {
     match backend {
         #[cfg(feature = "cpu")]
-        BackendName::Cpu => on::<backends::Cpu>(shape, repetitions),
+        BackendName::Cpu => on::<backends::Cpu>(shape, dtype, repetitions),
         #[cfg(feature = "wgpu")]
-        BackendName::Wgpu => on::<backends::Wgpu>(shape, repetitions),
+        BackendName::Wgpu => on::<backends::Wgpu>(shape, dtype, repetitions),
         #[cfg(feature = "cuda")]
-        BackendName::Cuda => on::<backends::Cuda>(shape, repetitions),
+        BackendName::Cuda => on::<backends::Cuda>(shape, dtype, repetitions),
         #[allow(unreachable_patterns, reason = "with all features nothing is left")]
         other => bail!(
             "back-end {} is not compiled in; build with --features {}",
@@ -83,9 +114,17 @@ fn run(backend: BackendName, shape: Shape, repetitions: u32) -> Result<case::Tim
     }
 }
 
-fn on<K: hexa_ops::ExpertKernels>(shape: Shape, repetitions: u32) -> Result<case::Timings> {
+fn on<K: hexa_ops::ExpertKernels>(
+    shape: Shape,
+    dtype: DType,
+    repetitions: u32,
+) -> Result<case::Timings> {
     let device = <Autodiff<K> as burn::tensor::backend::BackendTypes>::Device::default();
     <K as Backend>::seed(&device, 7);
-    verify::verify::<Autodiff<K>>(shape, &device)?;
-    measure::<Autodiff<K>>(shape, repetitions, &device)
+    ensure!(
+        K::supports_dtype(&device, dtype),
+        "this device has no {dtype:?}; measure another type"
+    );
+    verify::verify::<Autodiff<K>>(shape, dtype, &device)?;
+    measure::<Autodiff<K>>(shape, dtype, repetitions, &device)
 }

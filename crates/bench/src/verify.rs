@@ -1,15 +1,20 @@
 //! A case against the f64 oracle, before it is timed.
 
 use anyhow::{Context, Result, anyhow, ensure};
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{DType, Int, Tensor};
 use hexa_ops::testing::compare::{host, relative_error};
 use hexa_ops::testing::oracle::{Ffn, FfnTensors, Routing};
 use hexa_ops::{Activation, TrainingBackend};
 
 use crate::case::{Inputs, Shape};
 
-/// Largest relative error ‖a − b‖ / ‖b‖ of an f32 case.
-const TOLERANCE: f64 = 1e-5;
+/// Largest relative error ‖a − b‖ / ‖b‖.
+fn tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::BF16 | DType::F16 => 1e-2,
+        _ => 1e-5,
+    }
+}
 
 /// Tokens that are verified: the oracle is slow.
 const TOKENS: usize = 67;
@@ -18,14 +23,16 @@ const TOKENS: usize = 67;
 ///
 /// # Errors
 /// What differs, and by how much.
-pub fn verify<B: TrainingBackend>(shape: Shape, device: &B::Device) -> Result<()> {
+pub fn verify<B: TrainingBackend>(shape: Shape, dtype: DType, device: &B::Device) -> Result<()> {
     let shape = Shape {
         tokens: shape.tokens.min(TOKENS),
         ..shape
     };
-    let inputs = Inputs::<B>::random(shape, device);
+    let inputs = Inputs::<B>::random(shape, dtype, device);
     let (gating, y) = inputs.forward(shape.top_k)?;
-    let gates = gating.weights.clone();
+    let gates = gating.weights.clone().cast(dtype);
+    let check =
+        |what: &str, got: &[f64], expected: &[f64]| check(what, got, expected, tolerance(dtype));
     let oracle = Ffn {
         routing: routing(gating.expert_ids, shape),
         d_model: shape.d_model,
@@ -66,11 +73,11 @@ fn routing<B: TrainingBackend>(ids: Tensor<B, 2, Int>, shape: Shape) -> Routing 
     }
 }
 
-fn check(what: &str, got: &[f64], expected: &[f64]) -> Result<()> {
+fn check(what: &str, got: &[f64], expected: &[f64], tolerance: f64) -> Result<()> {
     let error = relative_error(got, expected);
     ensure!(
-        error <= TOLERANCE,
-        "{what} differs from the oracle by {error:e} (relative norm), allowed is {TOLERANCE:e}"
+        error <= tolerance,
+        "{what} differs from the oracle by {error:e} (relative norm), allowed is {tolerance:e}"
     );
     Ok(())
 }

@@ -37,6 +37,7 @@ pub mod backend;
 pub mod backends;
 pub mod dropout;
 mod error;
+pub mod host;
 pub mod ops;
 #[cfg(feature = "testing")]
 pub mod testing;

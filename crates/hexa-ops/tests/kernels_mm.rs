@@ -1,11 +1,12 @@
-//! ESMM, ESTMM, ESS and the combination on a CubeCL runtime, against f64 loops over host slices.
-//!
-//! `HEXA_TEST_BACKEND` (`wgpu` or `cuda`) chooses among the back-ends compiled in.
-#![cfg(any(feature = "wgpu", feature = "cuda"))]
+//! ESMM, ESTMM, ESS and the combination in every element type, against f64 loops over host
+//! slices, on the back-end that `HEXA_TEST_BACKEND` names.
 
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend, ops::FloatTensor};
 use hexa_ops::RowOrder;
 use hexa_ops::backend::{EsmmArgs, ExpertKernels, RawExpertIndex};
+use hexa_ops::backend_test;
+use hexa_ops::host;
+use hexa_ops::testing::backend::{TestBackend, skip};
 
 const ORDERS: [RowOrder; 3] = [RowOrder::Token, RowOrder::Slot, RowOrder::Expert];
 
@@ -59,7 +60,7 @@ impl Routing {
     fn index<B: ExpertKernels>(&self, device: &B::Device) -> RawExpertIndex<B::IntTensorPrimitive> {
         let ints = |values: Vec<usize>| {
             let values: Vec<i32> = values.into_iter().map(|v| v as i32).collect();
-            Tensor::<B, 1, Int>::from_data(values.as_slice(), device).into_primitive()
+            host::upload::<B, 1, Int>(values.as_slice().into(), device).into_primitive()
         };
         let counts: Vec<usize> = (0..self.num_experts)
             .map(|e| self.ids.iter().filter(|id| **id == e).count())
@@ -115,7 +116,7 @@ fn upload<B: Backend, const D: usize>(
     dtype: DType,
     device: &B::Device,
 ) -> Tensor<B, D> {
-    Tensor::from_data(
+    host::upload(
         TensorData::new(data.to_vec(), shape).convert_dtype(dtype),
         (device, dtype),
     )
@@ -133,7 +134,7 @@ fn download<B: Backend, const D: usize>(
     let tensor = Tensor::<B, D>::from_primitive(burn::tensor::TensorPrimitive::Float(tensor));
     assert_eq!(tensor.dims(), shape);
     assert_eq!(tensor.dtype(), dtype);
-    tensor.into_data().convert::<f64>().into_vec().unwrap()
+    host::download(tensor).unwrap().iter::<f64>().collect()
 }
 
 /// Fails unless every value is within the type's rounding of its reference.
@@ -323,7 +324,10 @@ impl<B: ExpertKernels> Check<'_, B> {
 fn for_each_routing<B: ExpertKernels>(dtype: DType, run: impl Fn(&Check<'_, B>)) {
     let device = B::Device::default();
     if !B::supports_dtype(&device, dtype) {
-        println!("skipped: {dtype:?} on {}", B::name(&device));
+        skip(
+            "kernels_mm",
+            &format!("no {dtype:?} on {}", B::name(&device)),
+        );
         return;
     }
     for routing in &routings() {
@@ -336,8 +340,13 @@ fn for_each_routing<B: ExpertKernels>(dtype: DType, run: impl Fn(&Check<'_, B>))
 }
 
 fn all_operators<B: ExpertKernels>(dtype: DType) {
+    // Each pair of widths compiles kernels of its own; an emulated device takes its time for them.
+    let few =
+        dtype != DType::F32 && TestBackend::selected().is_ok_and(|b| b.prefers_small_shapes());
+    let widths = [(20, 36), (7, 67), (1, 1), (33, 132)];
+    let widths = &widths[..if few { 2 } else { widths.len() }];
     for_each_routing::<B>(dtype, |check| {
-        for (a, b) in [(1, 1), (20, 36), (7, 67), (33, 132)] {
+        for &(a, b) in widths {
             for transposed in [false, true] {
                 check.esmm(a, b, transposed, transposed == (a == 7));
             }
@@ -402,55 +411,26 @@ fn no_tokens<B: ExpertKernels>() {
     check.combine(8, true);
 }
 
-/// Runs a check on the back-end that `HEXA_TEST_BACKEND` names, or on the one compiled in.
-macro_rules! on_backend {
-    ($check:ident $(, $argument:expr)*) => {{
-        let name = std::env::var("HEXA_TEST_BACKEND").ok();
-        match name.as_deref() {
-            #[cfg(feature = "wgpu")]
-            Some("wgpu") => $check::<hexa_ops::backends::Wgpu>($($argument),*),
-            #[cfg(feature = "cuda")]
-            Some("cuda") => $check::<hexa_ops::backends::Cuda>($($argument),*),
-            #[cfg(feature = "wgpu")]
-            None => $check::<hexa_ops::backends::Wgpu>($($argument),*),
-            #[cfg(not(feature = "wgpu"))]
-            None => $check::<hexa_ops::backends::Cuda>($($argument),*),
-            other => println!("skipped: no CubeCL back-end is chosen ({other:?})"),
-        }
-    }};
+fn in_f32<B: ExpertKernels>() {
+    all_operators::<B>(DType::F32);
 }
 
-#[test]
-fn operators_match_the_oracle_in_f32() {
-    on_backend!(all_operators, DType::F32);
+fn in_f16<B: ExpertKernels>() {
+    all_operators::<B>(DType::F16);
 }
 
-#[test]
-fn operators_match_the_oracle_in_f16() {
-    on_backend!(all_operators, DType::F16);
+fn in_bf16<B: ExpertKernels>() {
+    all_operators::<B>(DType::BF16);
 }
 
-#[test]
-fn operators_match_the_oracle_in_bf16() {
-    on_backend!(all_operators, DType::BF16);
+fn in_f64<B: ExpertKernels>() {
+    all_operators::<B>(DType::F64);
 }
 
-#[test]
-fn operators_match_the_oracle_in_f64() {
-    on_backend!(all_operators, DType::F64);
-}
-
-#[test]
-fn split_sums_match_the_oracle() {
-    on_backend!(split_sums);
-}
-
-#[test]
-fn strided_views_are_read_in_place() {
-    on_backend!(strided_views);
-}
-
-#[test]
-fn no_tokens_give_empty_results_and_zero_gradients() {
-    on_backend!(no_tokens);
-}
+backend_test!(kernels operators_match_the_oracle_in_f32, in_f32);
+backend_test!(kernels operators_match_the_oracle_in_f16, in_f16);
+backend_test!(kernels operators_match_the_oracle_in_bf16, in_bf16);
+backend_test!(kernels operators_match_the_oracle_in_f64, in_f64);
+backend_test!(kernels split_sums_match_the_oracle, split_sums);
+backend_test!(kernels strided_views_are_read_in_place, strided_views);
+backend_test!(kernels no_tokens_give_empty_results_and_zero_gradients, no_tokens);

@@ -55,7 +55,8 @@ pub struct Memory {
 impl Memory {
     /// All of it.
     pub fn total_bytes(&self) -> u64 {
-        self.params_bytes + self.gradients_bytes + self.optimizer_bytes + self.activation_bytes
+        let state = self.params_bytes + self.gradients_bytes + self.optimizer_bytes;
+        state.saturating_add(self.activation_bytes)
     }
 }
 
@@ -110,12 +111,15 @@ impl ModelInfo {
             params_bytes: self.params() * F32,
             gradients_bytes: trained * F32,
             optimizer_bytes: 2 * trained * F32,
-            activation_bytes: self.sum(|layer| layer.activation_bytes) * self.batch_size,
+            activation_bytes: self
+                .sum(|layer| layer.activation_bytes)
+                .saturating_mul(self.batch_size),
         }
     }
 
     fn sum(&self, field: impl Fn(&LayerInfo) -> u64) -> u64 {
-        self.layers.iter().map(field).sum()
+        // Settings bound each layer to less than 2^62, but not their sum.
+        self.layers.iter().map(field).fold(0, u64::saturating_add)
     }
 }
 
@@ -199,7 +203,7 @@ fn moe(block_name: &str, config: &SwinMoeConfig, block: &BlockGeometry) -> Layer
     let tokens = (block.layout.grid * block.layout.grid) as u64;
     let (dim, hidden) = (block.dim as u64, block.hidden as u64);
     let (experts, top_k) = (moe.num_experts as u64, moe.top_k as u64);
-    let shared = moe.num_shared_experts as u64;
+    let shared = moe.shared_d_ff as u64;
 
     let (router_params, router_flops) = match moe.router {
         RouterConfig::Linear => (linear(dim, experts, false), 2 * tokens * dim * experts),
@@ -220,7 +224,7 @@ fn moe(block_name: &str, config: &SwinMoeConfig, block: &BlockGeometry) -> Layer
     let (expert_params, expert_flops, width) = ffn(hidden);
     let (shared_params, shared_flops, shared_width) = match shared {
         0 => (0, 0, 0),
-        n => ffn(n * hidden),
+        width => ffn(width),
     };
 
     let always = norm(dim) + router_params + shared_params;

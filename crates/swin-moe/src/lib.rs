@@ -5,6 +5,7 @@ pub mod cli;
 pub mod config;
 pub mod data;
 pub mod info;
+pub mod memory;
 pub mod model;
 pub mod parity;
 pub mod settings;

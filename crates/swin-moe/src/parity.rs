@@ -14,6 +14,7 @@ use hexa_moe::MoeError;
 use hexa_ops::TrainingBackend;
 use serde::Serialize;
 
+use crate::memory::{Held, check_fits};
 use crate::model::{ModelError, SwinMoe, SwinMoeConfig};
 use crate::weights::{
     HostTensor, ImportOptions, Names, PublishedConfig, TensorMap, Values, WeightsError,
@@ -144,6 +145,7 @@ pub fn run_parity<B: TrainingBackend>(
     tolerance: f64,
 ) -> Result<ParityReport, ParityError> {
     let config = PublishedConfig::read(&dir.join("config.json"))?.to_model()?;
+    check_fits(&config, Held::Parameters, 1)?;
     let (model, weight_files) = load_weights::<B>(&config, dir, device)?;
     let case = Case::read(dir, &config)?;
 
@@ -220,6 +222,9 @@ impl Case {
         let labels = labels
             .as_ints()
             .ok_or_else(|| wrong("labels are not integers"))?;
+        if labels.is_empty() {
+            return Err(wrong("there is no image in it"));
+        }
         if labels.len() != input.shape[0] {
             return Err(wrong("labels and input differ in number"));
         }
@@ -236,7 +241,7 @@ impl Case {
         let tokens_per_expert = counts
             .as_ints()
             .ok_or_else(|| wrong("tokens_per_expert are not integers"))?
-            .chunks(num_experts)
+            .chunks(num_experts.max(1))
             .map(<[i64]>::to_vec)
             .collect();
         Ok(Self {

@@ -47,7 +47,7 @@ pub fn model_config(config: &Config, num_classes: usize) -> Result<SwinMoeConfig
             activation: moe.activation,
             dropout: moe.dropout,
             balance: balance.with_z_loss(moe.z_loss_weight),
-            num_shared_experts: usize::from(moe.shared_d_ff.is_some()),
+            shared_d_ff: moe.shared_d_ff.unwrap_or(0),
         },
         precision: config.train.precision.matmul(),
     };

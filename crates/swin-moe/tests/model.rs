@@ -1,6 +1,8 @@
 //! The model's parts against loops, and its behaviour as a module, on the back-end that
 //! `HEXA_TEST_BACKEND` names.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use burn::module::AutodiffModule;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Distribution, Tensor, TensorData, Tolerance};
@@ -41,6 +43,14 @@ fn small() -> SwinMoeConfig {
     }
 }
 
+/// The back-end's random generator is one for the whole process: a test that seeds it and draws from
+/// it twice must not run beside another that draws.
+fn alone() -> MutexGuard<'static, ()> {
+    static GENERATOR: Mutex<()> = Mutex::new(());
+    // Another test's failure leaves nothing in disorder.
+    GENERATOR.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn floats<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Vec<f32> {
     tensor.into_data().convert::<f32>().into_vec().unwrap()
 }
@@ -52,6 +62,7 @@ fn images<B: Backend>(config: &SwinMoeConfig, batch: usize, device: &B::Device) 
 }
 
 fn windows_match_a_loop<B: Backend>() {
+    let _alone = alone();
     let device = Default::default();
     for (grid, window, shifted) in [
         (6, 3, true),
@@ -91,6 +102,7 @@ fn windows_match_a_loop<B: Backend>() {
 }
 
 fn pairs_match_a_gather<B: ExpertOps>() {
+    let _alone = alone();
     let device = Default::default();
     for (window, pretrained) in [(1, 0), (2, 0), (3, 12), (5, 0)] {
         let block = BlockGeometry {
@@ -156,6 +168,7 @@ fn masks_separate_regions() {
 }
 
 fn gelu_has_its_own_derivative<B: TrainingBackend>() {
+    let _alone = alone();
     let device = Default::default();
     let points: Vec<f32> = (-40..=40).map(|i| i as f32 * 0.15).collect();
     let x = Tensor::<B, 1>::from_data(points.as_slice(), &device).require_grad();
@@ -187,6 +200,7 @@ fn gelu_has_its_own_derivative<B: TrainingBackend>() {
 }
 
 fn every_trained_parameter_learns<B: TrainingBackend>() {
+    let _alone = alone();
     let device = Default::default();
     B::seed(&device, 3);
     for (router, balance, activation, shared) in [
@@ -203,14 +217,14 @@ fn every_trained_parameter_learns<B: TrainingBackend>() {
             },
             BalanceConfig::load_importance(0.1).with_z_loss(0.01),
             Activation::SwiGlu,
-            1,
+            7,
         ),
     ] {
         let mut config = small();
         config.moe.router = router;
         config.moe.balance = balance;
         config.moe.activation = activation;
-        config.moe.num_shared_experts = shared;
+        config.moe.shared_d_ff = shared;
         config.moe.dropout = 0.2;
         config.drop_path = 0.1;
         config.init_std = 0.3;
@@ -246,6 +260,7 @@ fn every_trained_parameter_learns<B: TrainingBackend>() {
 
 /// Two builds from one seed are equal; noise is on with autodiff, and off without.
 fn noise_follows_the_back_end<B: TrainingBackend>() {
+    let _alone = alone();
     let device = Default::default();
     let mut config = small();
     config.drop_path = 0.5;
@@ -271,6 +286,7 @@ fn noise_follows_the_back_end<B: TrainingBackend>() {
 }
 
 fn dropped_samples_are_zero_and_the_mean_is_kept<B: TrainingBackend>() {
+    let _alone = alone();
     let device = Default::default();
     B::seed(&device, 5);
     let (batch, tokens, dim) = (512, 3, 2);
@@ -293,6 +309,7 @@ fn dropped_samples_are_zero_and_the_mean_is_kept<B: TrainingBackend>() {
 }
 
 fn other_images_are_refused<B: TrainingBackend>() {
+    let _alone = alone();
     let device = Default::default();
     let config = small();
     let model: SwinMoe<B> = config.init(&device).unwrap();
@@ -307,6 +324,7 @@ fn other_images_are_refused<B: TrainingBackend>() {
 
 /// A grid that shrinks to one token, whose window has no offset but zero.
 fn a_single_token_is_a_window<B: TrainingBackend>() {
+    let _alone = alone();
     let device = Default::default();
     let mut config = small();
     config.image_size = 6;

@@ -1,7 +1,7 @@
 //! Checkpoints: published names, round trips, damage. On the CPU; nothing here depends on the
 //! back-end.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use hexa_ops::backends::Cpu;
 use proptest::prelude::*;
@@ -19,31 +19,36 @@ const PARTIAL: ImportOptions = ImportOptions {
     allow_partial: true,
 };
 
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures")
-        .join(name)
+/// Configuration, name of the weight file and weights of a case, compiled in so that the
+/// executable runs on any machine.
+fn fixture(case: &str) -> (&'static [u8], &'static str, &'static [u8]) {
+    match case {
+        "top1_linear" => (
+            include_bytes!("fixtures/top1_linear/config.json"),
+            "checkpoint.pth",
+            include_bytes!("fixtures/top1_linear/checkpoint.pth"),
+        ),
+        _ => (
+            include_bytes!("fixtures/top2_cosine/config.json"),
+            "weights.safetensors",
+            include_bytes!("fixtures/top2_cosine/weights.safetensors"),
+        ),
+    }
 }
 
 fn config(case: &str) -> SwinMoeConfig {
-    PublishedConfig::read(&fixture(case).join("config.json"))
-        .unwrap()
-        .to_model()
-        .unwrap()
+    let (_dir, path) = scratch("config.json", fixture(case).0);
+    PublishedConfig::read(&path).unwrap().to_model().unwrap()
 }
 
 fn model(case: &str) -> SwinMoe<Cpu> {
     config(case).init(&Default::default()).unwrap()
 }
 
-/// A case's weights, in whichever format the repository has them.
-fn weights(case: &str) -> PathBuf {
-    let pth = fixture(case).join("checkpoint.pth");
-    if pth.exists() {
-        pth
-    } else {
-        fixture(case).join("weights.safetensors")
-    }
+/// A case's weights as a file.
+fn weights(case: &str) -> (TempDir, PathBuf) {
+    let (_, name, bytes) = fixture(case);
+    scratch(name, bytes)
 }
 
 const CASES: [&str; 2] = ["top1_linear", "top2_cosine"];
@@ -58,8 +63,9 @@ fn scratch(name: &str, bytes: &[u8]) -> (TempDir, PathBuf) {
 #[test]
 fn an_export_is_the_published_state_dictionary() {
     for case in CASES {
-        let published = read_file(&weights(case)).unwrap();
-        let (model, report) = import_file(model(case), &weights(case), STRICT).unwrap();
+        let (_dir, path) = weights(case);
+        let published = read_file(&path).unwrap();
+        let (model, report) = import_file(model(case), &path, STRICT).unwrap();
         assert!(report.is_exact(), "{report}");
         assert_eq!(report.loaded + report.buffers.len(), published.len());
 
@@ -90,7 +96,8 @@ fn every_parameter_has_its_own_published_name() {
             .init::<burn::backend::Autodiff<hexa_ops::backends::Cpu>>(&Default::default())
             .unwrap();
         let params = named_parameters(&model, Names::new(model.config()));
-        let published = read_file(&weights(case)).unwrap();
+        let (_dir, path) = weights(case);
+        let published = read_file(&path).unwrap();
         let mut names: Vec<&str> = params.iter().map(|p| p.name.as_str()).collect();
         names.sort_unstable();
         let before = names.len();
@@ -126,7 +133,8 @@ fn every_parameter_has_its_own_published_name() {
 
 #[test]
 fn every_misfit_is_reported() {
-    let mut tensors = read_file(&weights("top2_cosine")).unwrap();
+    let (_dir, path) = weights("top2_cosine");
+    let mut tensors = read_file(&path).unwrap();
     let gone = tensors.remove("layers.1.downsample.norm.bias").unwrap();
     tensors.insert("layers.1.downsample.norm.offset".into(), gone);
     tensors.insert(
@@ -169,7 +177,8 @@ fn every_misfit_is_reported() {
 
 #[test]
 fn the_configuration_of_another_model_does_not_fit() {
-    let error = import_file(model("top1_linear"), &weights("top2_cosine"), STRICT).unwrap_err();
+    let (_dir, path) = weights("top2_cosine");
+    let error = import_file(model("top1_linear"), &path, STRICT).unwrap_err();
     assert!(matches!(error, WeightsError::Mismatch { .. }), "{error}");
 }
 
@@ -219,11 +228,9 @@ proptest! {
     #[test]
     fn truncated_checkpoints_are_errors(part in 0.0f64..1.0) {
         for case in CASES {
-            let path = weights(case);
-            let bytes = std::fs::read(&path).unwrap();
+            let (_, name, bytes) = fixture(case);
             let end = (bytes.len() as f64 * part) as usize;
-            let name = path.file_name().unwrap().to_str().unwrap().to_string();
-            let (_dir, cut) = scratch(&name, &bytes[..end]);
+            let (_dir, cut) = scratch(name, &bytes[..end]);
             prop_assert!(read_file(&cut).is_err(), "{name} cut at {end}");
         }
     }
@@ -233,15 +240,14 @@ proptest! {
     #[test]
     fn damaged_checkpoints_do_not_panic(part in 0.0f64..1.0, run in 1usize..64, value: u8) {
         for case in CASES {
-            let path = weights(case);
-            let mut bytes = std::fs::read(&path).unwrap();
+            let (_, name, bytes) = fixture(case);
+            let mut bytes = bytes.to_vec();
             // Both formats keep their index within a few kilobytes of an end.
             for region in [0..16_384, bytes.len() - 16_384..bytes.len(), 0..bytes.len()] {
                 let at = region.start + (region.len() as f64 * part) as usize;
                 let end = (at + run).min(bytes.len());
                 bytes[at..end].fill(value);
-                let name = path.file_name().unwrap().to_str().unwrap().to_string();
-                let (_dir, damaged) = scratch(&name, &bytes);
+                let (_dir, damaged) = scratch(name, &bytes);
                 if let Ok(tensors) = read_file(&damaged) {
                     import_tensors(model(case), tensors);
                 }

@@ -4,6 +4,7 @@ use burn::tensor::{DType, Int, Tensor, TensorData};
 use hexa_moe::TrainingBackend;
 use hexa_moe::balance::{gshard_loss, load_importance_loss, z_loss};
 use hexa_ops::backend_test;
+use hexa_ops::host::upload;
 use hexa_ops::testing::compare::host;
 use hexa_ops::testing::gradcheck::central_differences;
 use hexa_ops::testing::oracle::{Gating, topk_gating};
@@ -23,7 +24,7 @@ const SHAPES: [[usize; 3]; 6] = [
 
 fn ids<B: TrainingBackend>(gating: &Gating, shape: [usize; 2]) -> Tensor<B, 2, Int> {
     let ids: Vec<i64> = gating.expert_ids.iter().map(|&id| id as i64).collect();
-    Tensor::from_data(TensorData::new(ids, shape), &B::Device::default())
+    upload(TensorData::new(ids, shape), &B::Device::default())
 }
 
 /// Value and gradient of a loss of one `[tokens, num_experts]` tensor.

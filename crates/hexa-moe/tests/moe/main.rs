@@ -2,6 +2,7 @@
 
 mod balance;
 mod config;
+mod graph;
 mod host;
 mod layer;
 mod load;

@@ -7,6 +7,7 @@ use burn::module::{AutodiffModule, Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::{Tensor, TensorData};
 use hexa_moe::{ExpertOps, Moe, MoeConfig};
+use hexa_ops::host::upload;
 use hexa_ops::testing::compare::{host, relative_error};
 
 /// Parameters, or their gradients, by path.
@@ -146,7 +147,7 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for Collect<'_, B> {
 /// A tensor of these elements, in f32.
 pub fn tensor<B: Backend, const D: usize>(values: &[f64], shape: [usize; D]) -> Tensor<B, D> {
     let data = TensorData::new(values.to_vec(), shape).convert::<f32>();
-    Tensor::from_data(data, &B::Device::default())
+    upload(data, &B::Device::default())
 }
 
 /// Panics unless `‖got − want‖ <= bound · ‖want‖`, up to a floor for gradients that vanish.

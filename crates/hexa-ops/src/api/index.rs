@@ -6,6 +6,7 @@ use burn::tensor::{Int, Tensor, TensorPrimitive};
 use super::check;
 use crate::backend::{ExpertOps, RawExpertIndex};
 use crate::error::{OpsError, Result};
+use crate::host::download;
 
 /// Largest number of slots: indices are 32-bit on every back-end.
 const MAX_SLOTS: usize = i32::MAX as usize;
@@ -88,13 +89,10 @@ impl<B: ExpertOps> ExpertIndex<B> {
     pub fn new(expert_ids: Tensor<B, 2, Int>, num_experts: usize) -> Result<Self> {
         let [tokens, top_k] = expert_ids.dims();
         check_choices(tokens, top_k, num_experts)?;
-        let ids = expert_ids
-            .clone()
-            .try_into_data()
-            .map_err(|error| OpsError::Device {
-                tensor: "expert_ids",
-                reason: error.to_string(),
-            })?;
+        let ids = download(expert_ids.clone()).map_err(|error| OpsError::Device {
+            tensor: "expert_ids",
+            reason: error.to_string(),
+        })?;
         for (slot, id) in ids.iter::<i64>().enumerate() {
             if usize::try_from(id).map_or(true, |id| id >= num_experts) {
                 return Err(OpsError::ExpertId {

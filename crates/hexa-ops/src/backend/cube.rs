@@ -8,8 +8,12 @@ use cubecl::server::ComputeServer;
 use super::{
     EsmmArgs, ExpertKernels, FfnActivationGradArgs, FfnActivationGrads, RawExpertIndex, RawGating,
 };
+#[cfg(feature = "cuda")]
+use super::{FfnBackwardArgs, FfnForward, FfnGrads, FfnWeights};
 use crate::ops::tile::plan::TILE_ROWS;
 use crate::ops::{activation, combine, dense, esmm, ess, estmm, gating, index};
+#[cfg(feature = "cuda")]
+use crate::ops::{ffn, hopper};
 use crate::types::{FfnOptions, MatmulPrecision, RowOrder};
 
 impl<R, F, I, BT> ExpertKernels for CubeBackend<R, F, I, BT>
@@ -54,6 +58,11 @@ where
     }
 
     fn esmm(args: EsmmArgs<CubeTensor<R>, CubeTensor<R>>) -> CubeTensor<R> {
+        #[cfg(feature = "cuda")]
+        let args = match hopper::esmm(args) {
+            Ok(y) => return y,
+            Err(args) => args,
+        };
         esmm::launch::esmm(args)
     }
 
@@ -64,6 +73,23 @@ where
         b_order: RowOrder,
         index: RawExpertIndex<CubeTensor<R>>,
     ) -> CubeTensor<R> {
+        #[cfg(feature = "cuda")]
+        let hopper::EstmmArgs {
+            a,
+            a_order,
+            b,
+            b_order,
+            index,
+        } = match hopper::estmm(hopper::EstmmArgs {
+            a,
+            a_order,
+            b,
+            b_order,
+            index,
+        }) {
+            Ok(sums) => return sums,
+            Err(args) => args,
+        };
         estmm::launch::estmm(a, a_order, b, b_order, index)
     }
 
@@ -98,6 +124,44 @@ where
         args: FfnActivationGradArgs<CubeTensor<R>, CubeTensor<R>>,
     ) -> FfnActivationGrads<CubeTensor<R>> {
         activation::launch::ffn_activation_backward(args)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn expert_ffn(
+        x: CubeTensor<R>,
+        gates: CubeTensor<R>,
+        weights: FfnWeights<CubeTensor<R>>,
+        index: RawExpertIndex<CubeTensor<R>>,
+        options: FfnOptions,
+        dropout_seed: Option<CubeTensor<R>>,
+    ) -> FfnForward<CubeTensor<R>> {
+        match hopper::expert_ffn(hopper::FfnArgs {
+            x,
+            gates,
+            weights,
+            index,
+            options,
+        }) {
+            Ok(forward) => forward,
+            Err(args) => ffn::forward::<Self>(
+                args.x,
+                args.gates,
+                args.weights,
+                args.index,
+                args.options,
+                dropout_seed,
+            ),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn expert_ffn_backward(
+        args: FfnBackwardArgs<CubeTensor<R>, CubeTensor<R>>,
+    ) -> FfnGrads<CubeTensor<R>> {
+        match hopper::expert_ffn_backward(args) {
+            Ok(grads) => grads,
+            Err(args) => ffn::backward::<Self>(args),
+        }
     }
 
     fn dense_matmul(

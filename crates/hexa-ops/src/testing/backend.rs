@@ -149,8 +149,8 @@ pub trait BackendTest {
 /// Runs a test on the back-end that the environment asks for.
 ///
 /// # Panics
-/// With the reason, if that back-end is not compiled in: a test that silently ran elsewhere would
-/// prove nothing.
+/// With the reason, if that back-end is not compiled in, as a test that silently ran elsewhere would
+/// prove nothing; or if a task failed on the device ([`watch`](super::watch)).
 pub fn dispatch(test: impl BackendTest) {
     match TestBackend::selected() {
         Ok(backend) => run_on(backend, test),
@@ -161,18 +161,56 @@ pub fn dispatch(test: impl BackendTest) {
 fn run_on(backend: TestBackend, test: impl BackendTest) {
     match backend {
         #[cfg(feature = "cpu")]
-        TestBackend::Cpu => test.run::<crate::backends::Cpu>(),
+        TestBackend::Cpu => watched::<crate::backends::Cpu>(test),
         #[cfg(feature = "wgpu")]
-        TestBackend::Wgpu => test.run::<crate::backends::Wgpu>(),
+        TestBackend::Wgpu => watched::<crate::backends::Wgpu>(test),
         #[cfg(feature = "cuda")]
-        TestBackend::Cuda => test.run::<crate::backends::Cuda>(),
+        TestBackend::Cuda => watched::<crate::backends::Cuda>(test),
         #[cfg(all(feature = "wgpu", feature = "fusion"))]
-        TestBackend::FusionWgpu => test.run::<burn_fusion::Fusion<crate::backends::Wgpu>>(),
+        TestBackend::FusionWgpu => watched::<burn_fusion::Fusion<crate::backends::Wgpu>>(test),
         #[cfg(all(feature = "cuda", feature = "fusion"))]
-        TestBackend::FusionCuda => test.run::<burn_fusion::Fusion<crate::backends::Cuda>>(),
+        TestBackend::FusionCuda => watched::<burn_fusion::Fusion<crate::backends::Cuda>>(test),
         #[allow(unreachable_patterns, reason = "with all features nothing is left")]
         other => panic!("{}", BackendChoiceError::NotCompiledIn(other)),
     }
+}
+
+/// A test that compares a back-end with itself under burn-fusion;
+/// [`backend_test!`](crate::backend_test) makes one of a generic function.
+pub trait FusionTest {
+    /// The test, on the kernels `Plain` and on the same under fusion.
+    fn run<Plain: ExpertKernels, Fused: ExpertKernels>(self);
+}
+
+/// Runs a test on the CubeCL back-end that the environment asks for, with and without fusion;
+/// skips it if there is none.
+///
+/// # Panics
+/// As [`dispatch`].
+pub fn dispatch_fusion(name: &str, test: impl FusionTest) {
+    match TestBackend::selected() {
+        #[cfg(all(feature = "wgpu", feature = "fusion"))]
+        Ok(TestBackend::Wgpu | TestBackend::FusionWgpu) => {
+            type Plain = crate::backends::Wgpu;
+            super::watch::watched::<Plain>(|| test.run::<Plain, burn_fusion::Fusion<Plain>>());
+        }
+        #[cfg(all(feature = "cuda", feature = "fusion"))]
+        Ok(TestBackend::Cuda | TestBackend::FusionCuda) => {
+            type Plain = crate::backends::Cuda;
+            super::watch::watched::<Plain>(|| test.run::<Plain, burn_fusion::Fusion<Plain>>());
+        }
+        Ok(TestBackend::Cpu) => skip(name, "the CPU has no fusion"),
+        #[allow(unreachable_patterns, reason = "with all features nothing is left")]
+        Ok(_) => {
+            let _ = test;
+            skip(name, "built without the feature fusion");
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn watched<K: ExpertKernels>(test: impl BackendTest) {
+    super::watch::watched::<K>(|| test.run::<K>());
 }
 
 static SKIPPED: AtomicUsize = AtomicUsize::new(0);
@@ -196,9 +234,22 @@ pub fn skip(test: &str, reason: &str) {
 ///
 /// `backend_test!(name, function)` calls `function::<Autodiff<K>>()`;
 /// `backend_test!(kernels name, function)` calls `function::<K>()`, `K` being an
-/// [`ExpertKernels`](crate::ExpertKernels) back-end.
+/// [`ExpertKernels`](crate::ExpertKernels) back-end; `backend_test!(fusion name, function)` calls
+/// `function::<K, Fusion<K>>()`.
 #[macro_export]
 macro_rules! backend_test {
+    (fusion $name:ident, $function:ident) => {
+        #[test]
+        fn $name() {
+            struct Case;
+            impl $crate::testing::backend::FusionTest for Case {
+                fn run<P: $crate::ExpertKernels, F: $crate::ExpertKernels>(self) {
+                    $function::<P, F>();
+                }
+            }
+            $crate::testing::backend::dispatch_fusion(stringify!($name), Case);
+        }
+    };
     (kernels $name:ident, $function:ident) => {
         #[test]
         fn $name() {

@@ -5,6 +5,8 @@ use core::fmt;
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Tensor};
 
+use crate::host::download;
+
 /// How far an element may be from its reference: `atol + rtol · |reference|`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Tolerance {
@@ -199,7 +201,10 @@ pub fn check_tensor<B: Backend, const D: usize>(
 
 /// A float tensor's elements on the host.
 pub fn host<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Vec<f64> {
-    tensor.into_data().iter::<f64>().collect()
+    download(tensor)
+        .expect("the device works")
+        .iter::<f64>()
+        .collect()
 }
 
 /// Norm of `a − b` relative to that of `b`; of the difference alone if `b` is zero.

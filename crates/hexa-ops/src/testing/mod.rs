@@ -9,3 +9,4 @@ pub mod backend;
 pub mod compare;
 pub mod gradcheck;
 pub mod oracle;
+pub mod watch;

@@ -1,6 +1,7 @@
 //! The dense product.
 
 use burn::tensor::Tensor;
+use hexa_ops::host::download;
 use hexa_ops::testing::oracle::Matmul;
 use hexa_ops::{ExpertKernels, MatmulPrecision, backend_test};
 
@@ -26,8 +27,9 @@ fn check<K: ExpertKernels>(
 ) {
     let [batches, m, k] = lhs.dims();
     let n = rhs.dims()[2];
-    let host =
-        |tensor: &Tensor<K, 3>| -> Vec<f64> { tensor.clone().into_data().iter::<f64>().collect() };
+    let host = |tensor: &Tensor<K, 3>| -> Vec<f64> {
+        download(tensor.clone()).unwrap().iter::<f64>().collect()
+    };
     let expected = product(&host(&lhs), &host(&rhs), [batches, m, k, n]);
     let (shape, got) = floats::<K, 3>(K::dense_matmul(raw(lhs), raw(rhs), precision));
     assert_eq!(shape, [batches, m, n], "{what}");
@@ -40,7 +42,7 @@ fn check<K: ExpertKernels>(
     assert_close(what, &got, &expected, [atol, 0.0]);
 }
 
-const SHAPES: [[usize; 4]; 22] = [
+const SHAPES: [[usize; 4]; 26] = [
     [1, 1, 1, 1],
     [3, 1, 1, 1],
     [1, 1, 37, 1],
@@ -64,6 +66,11 @@ const SHAPES: [[usize; 4]; 22] = [
     [7, 2, 2, 2],
     [1, 2, 300, 1],
     [2, 1, 300, 2],
+    // Sums that are cut into 3, 12 and 8 parts; and two products, whose sums are not.
+    [1, 9, 768, 20],
+    [1, 70, 3072, 5],
+    [1, 130, 2048, 65],
+    [2, 9, 768, 20],
 ];
 
 fn shapes<K: ExpertKernels>() {
@@ -108,7 +115,13 @@ fn views<K: ExpertKernels>(dense: Tensor<K, 3>) -> [(&'static str, Tensor<K, 3>)
 
 fn strides<K: ExpertKernels>() {
     let mut numbers = Numbers(11);
-    for [batches, m, k, n] in [[1, 17, 24, 9], [3, 8, 16, 12], [2, 33, 5, 1], [2, 1, 7, 33]] {
+    for [batches, m, k, n] in [
+        [1, 17, 24, 9],
+        [3, 8, 16, 12],
+        [2, 33, 5, 1],
+        [2, 1, 7, 33],
+        [1, 6, 1024, 10],
+    ] {
         let lhs = float::<K, 3>(&numbers.values(batches * m * k), [batches, m, k]);
         let rhs = float::<K, 3>(&numbers.values(batches * k * n), [batches, k, n]);
         for (name, view) in views(lhs.clone()) {

@@ -1,12 +1,8 @@
 //! Under burn-fusion the same kernels run on the same tensors: every bit is equal.
-#![cfg(all(feature = "fusion", feature = "wgpu"))]
 
-use burn::tensor::backend::Backend;
 use burn::tensor::ops::{FloatTensor, IntTensor};
-use burn_fusion::Fusion;
 use hexa_ops::backend::{FfnBackwardArgs, FfnNeeds, FfnWeights, RawExpertIndex};
-use hexa_ops::backends::Wgpu;
-use hexa_ops::{Activation, ExpertKernels, FfnOptions, MatmulPrecision};
+use hexa_ops::{Activation, ExpertKernels, FfnOptions, MatmulPrecision, backend_test};
 
 use crate::{Numbers, float, floats, int, ints, raw};
 
@@ -127,8 +123,7 @@ fn ffn<K: ExpertKernels>(
     results
 }
 
-#[test]
-fn fusion_changes_no_bit() {
+fn same_bits<P: ExpertKernels, F: ExpertKernels>() {
     for (activation, dropout, biased) in [
         (Activation::Gelu, 0.25, true),
         (Activation::SwiGlu, 0.0, false),
@@ -137,8 +132,8 @@ fn fusion_changes_no_bit() {
             activation,
             dropout,
         };
-        let fused = everything::<Fusion<Wgpu>>(options, biased);
-        let plain = everything::<Wgpu>(options, biased);
+        let fused = everything::<F>(options, biased);
+        let plain = everything::<P>(options, biased);
         assert_eq!(fused.len(), plain.len());
         for (i, (fused, plain)) in fused.iter().zip(&plain).enumerate() {
             // Not `assert_eq`, which would print all elements.
@@ -148,10 +143,11 @@ fn fusion_changes_no_bit() {
             );
         }
     }
-    let device = Default::default();
-    Fusion::<Wgpu>::sync(&device).expect("no operation failed");
+    let device = F::Device::default();
+    F::sync(&device).expect("no operation failed");
     assert_eq!(
-        <Fusion<Wgpu> as ExpertKernels>::tile_rows(&device),
-        <Wgpu as ExpertKernels>::tile_rows(&device)
+        <F as ExpertKernels>::tile_rows(&device),
+        <P as ExpertKernels>::tile_rows(&P::Device::default())
     );
 }
+backend_test!(fusion fusion_changes_no_bit, same_bits);

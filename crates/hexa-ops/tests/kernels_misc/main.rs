@@ -10,6 +10,7 @@ mod index;
 use burn::tensor::backend::Backend;
 use burn::tensor::ops::{FloatTensor, IntTensor};
 use burn::tensor::{Int, Tensor, TensorData, TensorPrimitive};
+use hexa_ops::host::{download, upload};
 
 /// Reproducible numbers in `[-1, 1)`, exact in f32.
 struct Numbers(u64);
@@ -35,11 +36,11 @@ impl Numbers {
 }
 
 fn float<B: Backend, const D: usize>(values: &[f64], shape: [usize; D]) -> Tensor<B, D> {
-    Tensor::from_data(TensorData::new(values.to_vec(), shape), &Default::default())
+    upload(TensorData::new(values.to_vec(), shape), &Default::default())
 }
 
 fn int<B: Backend, const D: usize>(values: &[i64], shape: [usize; D]) -> Tensor<B, D, Int> {
-    Tensor::from_data(TensorData::new(values.to_vec(), shape), &Default::default())
+    upload(TensorData::new(values.to_vec(), shape), &Default::default())
 }
 
 fn raw<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> FloatTensor<B> {
@@ -53,13 +54,16 @@ fn tensor<B: Backend, const D: usize>(primitive: FloatTensor<B>) -> Tensor<B, D>
 /// Shape and elements of a float result.
 fn floats<B: Backend, const D: usize>(primitive: FloatTensor<B>) -> ([usize; D], Vec<f64>) {
     let tensor = tensor::<B, D>(primitive);
-    (tensor.dims(), tensor.into_data().iter::<f64>().collect())
+    (
+        tensor.dims(),
+        download(tensor).unwrap().iter::<f64>().collect(),
+    )
 }
 
 /// Elements of an int result of rank `D`.
 fn ints<B: Backend, const D: usize>(primitive: IntTensor<B>) -> Vec<usize> {
-    Tensor::<B, D, Int>::from_primitive(primitive)
-        .into_data()
+    download(Tensor::<B, D, Int>::from_primitive(primitive))
+        .unwrap()
         .iter::<i64>()
         .map(|value| usize::try_from(value).expect("no result is negative"))
         .collect()

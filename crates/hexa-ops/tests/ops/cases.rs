@@ -3,7 +3,8 @@
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData};
-use hexa_ops::testing::backend::TestBackend;
+use hexa_ops::host::{download, upload};
+use hexa_ops::testing::backend::{TestBackend, skip};
 use hexa_ops::testing::oracle::Routing;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner};
@@ -13,6 +14,13 @@ pub type Outcome = Result<(), TestCaseError>;
 
 /// Shapes to try for each group of operators, on every back-end.
 pub const CASES: u32 = 200;
+
+/// As many cases of what is not a comparison with the oracle, or a quarter of them on an emulated
+/// device.
+pub fn fewer(cases: u32) -> u32 {
+    let small = TestBackend::selected().is_ok_and(TestBackend::prefers_small_shapes);
+    if small { cases / 4 } else { cases }
+}
 
 /// Runs a property over random cases, the same ones in each run.
 ///
@@ -111,10 +119,34 @@ impl RoutingCase {
     }
 }
 
+/// Whether Burn's own operations take tensors without elements here, and if not, a printed skip.
+///
+/// CubeCL 0.10 launches them with no cubes, which CUDA refuses; all later work then fails. The
+/// operators' kernels take no tokens on CUDA too: `kernels_mm` and `kernels_misc` call them without
+/// Burn's operations around them.
+pub fn burn_takes_no_elements(test: &str) -> bool {
+    let is_cuda = matches!(
+        TestBackend::selected(),
+        Ok(TestBackend::Cuda | TestBackend::FusionCuda)
+    );
+    if is_cuda {
+        skip(
+            test,
+            "Burn's operations fail on CUDA for tensors without elements",
+        );
+    }
+    !is_cuda
+}
+
+/// Fewest tokens of random cases: none where everything takes none.
+pub fn fewest_tokens() -> usize {
+    usize::from(!burn_takes_no_elements("random cases without tokens"))
+}
+
 /// Routings of up to `most` tokens, the awkward ones often: none, one, all experts chosen.
 pub fn routing_case(most: usize) -> impl Strategy<Value = RoutingCase> {
     let tokens = prop_oneof![
-        1 => Just(0_usize),
+        1 => Just(fewest_tokens()),
         2 => Just(1),
         6 => 2..=most.min(24),
         3 => most.min(24)..=most,
@@ -177,7 +209,7 @@ pub fn layout() -> impl Strategy<Value = Layout> {
 pub fn tensor<B: Backend, const D: usize>(values: &[f64], shape: [usize; D]) -> Tensor<B, D> {
     let device = B::Device::default();
     let values: Vec<f32> = values.iter().map(|&v| v as f32).collect();
-    Tensor::from_data(TensorData::new(values, shape), &device)
+    upload(TensorData::new(values, shape), &device)
 }
 
 /// A float tensor of rank two or more that is laid out as asked.
@@ -229,7 +261,7 @@ pub fn laid_out<B: Backend, const D: usize>(
 /// The expert ids of a routing: `[tokens, top_k]`.
 pub fn expert_ids<B: Backend>(routing: &Routing) -> Tensor<B, 2, Int> {
     let ids: Vec<i32> = routing.expert_ids.iter().map(|&id| id as i32).collect();
-    Tensor::from_data(
+    upload(
         TensorData::new(ids, [routing.tokens, routing.top_k]),
         &B::Device::default(),
     )
@@ -237,8 +269,8 @@ pub fn expert_ids<B: Backend>(routing: &Routing) -> Tensor<B, 2, Int> {
 
 /// An integer tensor's elements.
 pub fn integers<B: Backend, const D: usize>(tensor: Tensor<B, D, Int>) -> Vec<usize> {
-    tensor
-        .into_data()
+    download(tensor)
+        .unwrap()
         .iter::<i64>()
         .map(|v| usize::try_from(v).expect("indices are not negative"))
         .collect()
@@ -252,6 +284,6 @@ pub fn seed_tensor<B: Backend>(seed: [u32; 2]) -> Tensor<B, 1, Int> {
 
 /// Whether two tensors have the same bits.
 pub fn same_bits<B: Backend, const D: usize>(a: Tensor<B, D>, b: Tensor<B, D>) -> bool {
-    let (a, b) = (a.into_data(), b.into_data());
+    let (a, b) = (download(a).unwrap(), download(b).unwrap());
     a.shape == b.shape && a.dtype == b.dtype && a.as_bytes() == b.as_bytes()
 }

@@ -2,6 +2,7 @@
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{DType, Int, Tensor, TensorData};
+use hexa_ops::host::upload;
 use hexa_ops::{
     Activation, EsmmOptions, ExpertIndex, ExpertParams, FfnOptions, MatmulPrecision, OpsError,
     Result, RowOrder, TrainingBackend, backend_test, esmm, ess, estmm, expert_ffn, linear, matmul,
@@ -17,18 +18,18 @@ const D_MODEL: usize = 4;
 const D_FF: usize = 6;
 
 fn zeros<B: Backend, const D: usize>(shape: [usize; D]) -> Tensor<B, D> {
-    Tensor::zeros(shape, &B::Device::default())
+    upload(TensorData::zeros::<f32, _>(shape), &B::Device::default())
 }
 
 /// A tensor of another element type than the default, uploaded as such.
 fn of_other_type<B: Backend, const D: usize>(shape: [usize; D]) -> Tensor<B, D> {
     let data = TensorData::zeros::<f32, _>(shape).convert_dtype(DType::F16);
-    Tensor::from_data(data, (&B::Device::default(), DType::F16))
+    upload(data, (&B::Device::default(), DType::F16))
 }
 
 fn ids<B: Backend>(ids: Vec<i32>, top_k: usize) -> Tensor<B, 2, Int> {
     let tokens = ids.len() / top_k;
-    Tensor::from_data(TensorData::new(ids, [tokens, top_k]), &B::Device::default())
+    upload(TensorData::new(ids, [tokens, top_k]), &B::Device::default())
 }
 
 fn index<B: TrainingBackend>() -> ExpertIndex<B> {

@@ -12,7 +12,7 @@ use hexa_ops::{
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 
-use crate::cases::{Numbers, check, expert_ids, most_tokens, routing_case, tensor};
+use crate::cases::{Numbers, check, expert_ids, fewer, most_tokens, routing_case, tensor};
 use crate::ffn::{bits, compare_grads};
 use crate::ffn_case::{
     ALL_TRACKED, FfnCase, FfnProblem, FfnRun, Tracked, ffn_case, run, run_through,
@@ -38,7 +38,7 @@ fn through_cheap_operations<B: TrainingBackend>(
 }
 
 fn both_strategies<K: ExpertKernels>() {
-    check(40, ffn_case(24), |case| {
+    check(fewer(40), ffn_case(24), |case| {
         let problem = case.problem();
         let kept = through_cheap_operations::<Autodiff<K>>(&case, &problem)?;
         let recomputed =
@@ -77,7 +77,7 @@ fn both_strategies<K: ExpertKernels>() {
 /// Any subset of the inputs may be frozen: the others' gradients stay, the frozen get none.
 fn any_subset_may_be_frozen<B: TrainingBackend>() {
     let subsets = (ffn_case(most_tokens().min(32)), 1..63_u8);
-    check(80, subsets, |(case, subset)| {
+    check(fewer(80), subsets, |(case, subset)| {
         let mut tracked: Tracked = core::array::from_fn(|i| subset & (1 << i) != 0);
         tracked[3] &= case.biases.0;
         tracked[5] &= case.biases.1;
@@ -96,7 +96,7 @@ fn any_subset_may_be_frozen<B: TrainingBackend>() {
 
 /// Each input alone, for both operators with several operands.
 fn operands_alone<B: TrainingBackend>() {
-    check(20, routing_case(24), |case| {
+    check(fewer(20), routing_case(24), |case| {
         let routing = case.routing();
         let (a, b) = (5, 7);
         let mut numbers = Numbers::new(case.seed);

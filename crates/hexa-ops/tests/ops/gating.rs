@@ -1,14 +1,15 @@
 //! Top-k softmax gating and its gradients.
 
 use burn::tensor::Tensor;
+use hexa_ops::testing::backend::TestBackend;
 use hexa_ops::testing::compare::{check_tensor, host};
 use hexa_ops::testing::oracle;
 use hexa_ops::{ExpertIndex, TrainingBackend, backend_test, topk_gating};
 use proptest::prelude::*;
 
 use crate::cases::{
-    CASES, Layout, Numbers, Outcome, check, integers, laid_out, layout, most_tokens, same_bits,
-    tensor,
+    CASES, Layout, Numbers, Outcome, check, fewest_tokens, integers, laid_out, layout, most_tokens,
+    same_bits, tensor,
 };
 
 #[derive(Debug, Clone)]
@@ -34,11 +35,19 @@ impl GatingCase {
     }
 }
 
+/// Numbers of experts around those of a plane's units, and above a cube's. Lavapipe ends a kernel's
+/// loops after 65,535 iterations in all: choosing 257 of 257 experts takes more.
+fn many_experts() -> Vec<usize> {
+    let emulated = TestBackend::selected().is_ok_and(TestBackend::prefers_small_shapes);
+    let most = if emulated { 130 } else { 257 };
+    vec![31, 32, 33, 64, 130, most]
+}
+
 fn gating_case(most: usize) -> impl Strategy<Value = GatingCase> {
     let experts = prop_oneof![
         1 => Just(1_usize),
         6 => 2..=19_usize,
-        1 => prop::sample::select(vec![31_usize, 32, 33, 64, 130, 257]),
+        1 => prop::sample::select(many_experts()),
     ];
     let experts_and_k = experts.prop_flat_map(|e| {
         (
@@ -46,7 +55,7 @@ fn gating_case(most: usize) -> impl Strategy<Value = GatingCase> {
             prop_oneof![4 => 1..=e.min(4), 1 => Just(e), 1 => 1..=e],
         )
     });
-    let tokens = prop_oneof![1 => Just(0_usize), 1 => Just(1), 6 => 2..=most];
+    let tokens = prop_oneof![1 => Just(fewest_tokens()), 1 => Just(1), 6 => 2..=most];
     let scale = prop::sample::select(vec![0.25, 1.0, 1.0, 8.0]);
     let through = prop::sample::select(vec![(true, true), (true, false), (false, true)]);
     (
@@ -106,7 +115,13 @@ fn one_case<B: TrainingBackend>(case: &GatingCase) -> Outcome {
     };
     let grad_probs = cotangent(tokens * num_experts, case.through.0);
     let grad_weights = cotangent(tokens * top_k, case.through.1);
-    // A gradient is taken of what is not a scalar, so that nothing is summed over no tokens.
+    if tokens == 0 {
+        // `sum_dim` over no rows is not for every back-end; the gradient of nothing is.
+        let grads = (got.weights.clone() * tensor(&grad_weights, choices)).backward();
+        let got = leaf.grad(&grads).expect("the logits are tracked");
+        check_tensor("gradient of no logits", got, &[], shape)?;
+        return Ok(());
+    }
     let probs = || (got.probs.clone() * tensor(&grad_probs, shape)).sum_dim(1);
     let weights = || (got.weights.clone() * tensor(&grad_weights, choices)).sum_dim(1);
     let loss: Tensor<B, 2> = match case.through {
@@ -114,9 +129,6 @@ fn one_case<B: TrainingBackend>(case: &GatingCase) -> Outcome {
         (true, false) => probs(),
         _ => weights(),
     };
-    if tokens == 0 {
-        return Ok(());
-    }
     let grads = loss.backward();
     let expected = oracle::gating_backward(
         &expected,

@@ -1,6 +1,7 @@
 //! The expert index: a stable sort of the slots.
 
 use burn::tensor::{Int, Tensor, TensorData};
+use hexa_ops::host::upload;
 use hexa_ops::testing::oracle::Routing;
 use hexa_ops::{ExpertIndex, ExpertKernels, TrainingBackend, backend_test};
 use proptest::prelude::*;
@@ -74,7 +75,7 @@ fn strided_ids<B: TrainingBackend>() {
         .map(|slot| stored[slot % top_k * tokens + slot / top_k] as usize)
         .collect();
     let routing = Routing::new(tokens, top_k, num_experts, ids);
-    let tensor = Tensor::<B, 2, Int>::from_data(
+    let tensor = upload::<B, 2, Int>(
         TensorData::new(stored, [top_k, tokens]),
         &B::Device::default(),
     )

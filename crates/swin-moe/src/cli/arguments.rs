@@ -27,6 +27,8 @@ pub(super) enum Command {
     Import(Import),
     /// Write a run's model as safetensors, in the published names.
     Export(Export),
+    /// Parameters, arithmetic and memory of a model, layer by layer.
+    Info(Info),
     /// Compare with reference numbers of the published model.
     Parity(Parity),
 }
@@ -127,6 +129,22 @@ pub(super) struct Export {
     /// Where to compute: cpu, wgpu or cuda, of those compiled in.
     #[arg(long, default_value_t = BackendKind::Cpu)]
     pub(super) backend: BackendKind,
+}
+
+#[derive(Args)]
+pub(super) struct Info {
+    /// Settings as TOML; without it and without a model, those of the embedded digits.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["run", "checkpoint"])]
+    pub(super) config: Option<PathBuf>,
+    /// One setting, over the file's: section.key=value. May be repeated.
+    #[arg(long, value_name = "KEY=VALUE", conflicts_with_all = ["run", "checkpoint"])]
+    pub(super) set: Vec<String>,
+    /// Directory of a run: its best checkpoint, or the last if there is none.
+    #[arg(long, value_name = "DIR", conflicts_with = "checkpoint")]
+    pub(super) run: Option<PathBuf>,
+    /// One checkpoint file.
+    #[arg(long, value_name = "FILE")]
+    pub(super) checkpoint: Option<PathBuf>,
 }
 
 #[derive(Args)]

@@ -9,19 +9,22 @@ use super::Done;
 use super::arguments;
 use crate::backend::{BackendKind, Job, dispatch};
 use crate::config::{Config, DataSource};
+use crate::info::ModelInfo;
 use crate::parity::{ParityError, ParityReport, run_parity};
+use crate::settings::model_config;
 use crate::train::metrics::LayerLoad;
 use crate::train::run_dir::{RunDir, default_output};
 use crate::train::{
-    Control, End, ImportRequest, Outcome, ResumeRequest, StopFlag, TrainRequest, Trained,
-    Verbosity, resume,
+    Control, DeviceFaults, End, ImportRequest, Outcome, ResumeRequest, StopFlag, TestImages,
+    TrainRequest, Trained, Verbosity, resume,
 };
 use crate::weights::ImportOptions;
 
-pub(super) fn train(arguments: arguments::Train) -> Result<Done> {
+pub(super) fn train(arguments: arguments::Train, faults: DeviceFaults) -> Result<Done> {
     let control = Control {
         max_steps: arguments.max_steps,
         stop: stop_on_interrupt()?,
+        faults,
         verbosity: Verbosity::Normal,
     };
     let outcome = match arguments.resume {
@@ -121,17 +124,24 @@ fn load_table(layers: &[LayerLoad]) -> String {
     text
 }
 
-fn load(model: arguments::Model) -> Result<Trained> {
-    let path: PathBuf = match (model.run, model.checkpoint) {
-        (Some(run), _) => RunDir::open(&run)?.best_or_last(),
-        (None, Some(file)) => file,
-        (None, None) => anyhow::bail!("no model given; name one with --run or --checkpoint"),
-    };
-    Ok(Trained::load(&path)?)
+fn load(model: arguments::Model, faults: DeviceFaults) -> Result<Trained> {
+    match load_if_given(model.run, model.checkpoint)? {
+        Some(trained) => Ok(trained.with_faults(faults)),
+        None => anyhow::bail!("no model given; name one with --run or --checkpoint"),
+    }
 }
 
-pub(super) fn eval(arguments: arguments::Eval) -> Result<Done> {
-    let trained = load(arguments.model)?;
+fn load_if_given(run: Option<PathBuf>, checkpoint: Option<PathBuf>) -> Result<Option<Trained>> {
+    let path = match (run, checkpoint) {
+        (Some(run), _) => RunDir::open(&run)?.best_or_last(),
+        (None, Some(file)) => file,
+        (None, None) => return Ok(None),
+    };
+    Ok(Some(Trained::load(&path)?))
+}
+
+pub(super) fn eval(arguments: arguments::Eval, faults: DeviceFaults) -> Result<Done> {
+    let trained = load(arguments.model, faults)?;
     let result = trained.evaluate(arguments.backend, arguments.data)?;
     let tally = &result.tally;
     println!("experts' share of the test tokens, by layer:");
@@ -146,8 +156,8 @@ pub(super) fn eval(arguments: arguments::Eval) -> Result<Done> {
     Ok(Done::Success)
 }
 
-pub(super) fn predict(arguments: arguments::Predict) -> Result<Done> {
-    let trained = load(arguments.model)?;
+pub(super) fn predict(arguments: arguments::Predict, faults: DeviceFaults) -> Result<Done> {
+    let trained = load(arguments.model, faults)?;
     for prediction in trained.predict(arguments.backend, &arguments.images)? {
         println!("{}", prediction.file.display());
         for (class, probability) in &prediction.classes {
@@ -157,7 +167,7 @@ pub(super) fn predict(arguments: arguments::Predict) -> Result<Done> {
     Ok(Done::Success)
 }
 
-pub(super) fn import(arguments: arguments::Import) -> Result<Done> {
+pub(super) fn import(arguments: arguments::Import, faults: DeviceFaults) -> Result<Done> {
     let report = crate::train::import(ImportRequest {
         weights: arguments.weights,
         config: Config::load(Some(&arguments.config), &arguments.set)?,
@@ -167,6 +177,7 @@ pub(super) fn import(arguments: arguments::Import) -> Result<Done> {
         options: ImportOptions {
             allow_partial: arguments.allow_partial,
         },
+        faults,
     })?;
     println!("{report}");
     println!(
@@ -176,10 +187,36 @@ pub(super) fn import(arguments: arguments::Import) -> Result<Done> {
     Ok(Done::Success)
 }
 
-pub(super) fn export(arguments: arguments::Export) -> Result<Done> {
-    load(arguments.model)?.export(arguments.backend, &arguments.output)?;
+pub(super) fn export(arguments: arguments::Export, faults: DeviceFaults) -> Result<Done> {
+    load(arguments.model, faults)?.export(arguments.backend, &arguments.output)?;
     println!("wrote {}", arguments.output.display());
     Ok(Done::Success)
+}
+
+pub(super) fn info(arguments: arguments::Info) -> Result<Done> {
+    let (config, num_classes) = match load_if_given(arguments.run, arguments.checkpoint)? {
+        Some(trained) => {
+            let num_classes = trained.state().class_names.len();
+            (trained.config().clone(), num_classes)
+        }
+        None => {
+            let config = Config::load(arguments.config.as_deref(), &arguments.set)?;
+            let num_classes = match config.model.num_classes {
+                Some(num_classes) => num_classes,
+                None => count_classes(&config)?,
+            };
+            (config, num_classes)
+        }
+    };
+    let model = model_config(&config, num_classes)?;
+    println!("{}", ModelInfo::new(&model, config.train.batch_size)?);
+    Ok(Done::Success)
+}
+
+fn count_classes(config: &Config) -> Result<usize> {
+    let images = TestImages::open(config)
+        .context("cannot count the classes; give them with --set model.num_classes=N")?;
+    Ok(images.class_names().len())
 }
 
 struct ParityJob {
@@ -195,7 +232,7 @@ impl Job for ParityJob {
     }
 }
 
-pub(super) fn parity(arguments: arguments::Parity) -> Result<Done> {
+pub(super) fn parity(arguments: arguments::Parity, faults: DeviceFaults) -> Result<Done> {
     let tolerance = arguments.tolerance.unwrap_or(match arguments.backend {
         BackendKind::Cpu => 1e-4,
         BackendKind::Wgpu | BackendKind::Cuda => 1e-3,
@@ -207,6 +244,7 @@ pub(super) fn parity(arguments: arguments::Parity) -> Result<Done> {
     let mut passed = true;
     for case in arguments.cases {
         let report = dispatch(arguments.backend, ParityJob { case, tolerance })??;
+        faults.check("while a case was computed")?;
         println!("{report}");
         passed &= report.passed();
     }

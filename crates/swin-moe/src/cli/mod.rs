@@ -2,6 +2,7 @@
 
 mod arguments;
 mod commands;
+mod logger;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -9,6 +10,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::backend::panic_text;
+use crate::train::DeviceFaults;
 use arguments::{Arguments, Command};
 
 /// Exit status of a run that Ctrl-C ended, as shells have it: 128 + SIGINT.
@@ -30,14 +32,17 @@ enum Done {
 /// Runs the program with the process' arguments.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
-        .format_target(false)
-        .init();
+    let faults = DeviceFaults::default();
+    logger::start(faults.clone());
     // A panic is a defect; it is said in one line, with the way to see more.
-    if std::env::var_os("SWIN_MOE_DEBUG").is_none() {
-        std::panic::set_hook(Box::new(|_| {}));
-    }
-    match catch_unwind(AssertUnwindSafe(|| run(arguments.command))) {
+    let print = std::env::var_os("SWIN_MOE_DEBUG").map(|_| std::panic::take_hook());
+    std::panic::set_hook(Box::new(move |info| {
+        logger::remember_panic(info);
+        if let Some(print) = &print {
+            print(info);
+        }
+    }));
+    match catch_unwind(AssertUnwindSafe(|| run(arguments.command, faults))) {
         Ok(Ok(Done::Success)) => ExitCode::SUCCESS,
         Ok(Ok(Done::Failed)) => ExitCode::FAILURE,
         Ok(Ok(Done::Interrupted)) => ExitCode::from(INTERRUPTED),
@@ -56,13 +61,14 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> anyhow::Result<Done> {
+fn run(command: Command, faults: DeviceFaults) -> anyhow::Result<Done> {
     match command {
-        Command::Train(arguments) => commands::train(arguments),
-        Command::Eval(arguments) => commands::eval(arguments),
-        Command::Predict(arguments) => commands::predict(arguments),
-        Command::Import(arguments) => commands::import(arguments),
-        Command::Export(arguments) => commands::export(arguments),
-        Command::Parity(arguments) => commands::parity(arguments),
+        Command::Train(arguments) => commands::train(arguments, faults),
+        Command::Eval(arguments) => commands::eval(arguments, faults),
+        Command::Predict(arguments) => commands::predict(arguments, faults),
+        Command::Import(arguments) => commands::import(arguments, faults),
+        Command::Export(arguments) => commands::export(arguments, faults),
+        Command::Info(arguments) => commands::info(arguments),
+        Command::Parity(arguments) => commands::parity(arguments, faults),
     }
 }

@@ -5,6 +5,7 @@ use hexa_ops::{ExpertOps, MatmulPrecision};
 use serde::{Deserialize, Serialize};
 
 use super::error::{ModelError, Result};
+use super::extent::validate_extent;
 use super::geometry::{Geometry, grid_of_stage};
 use super::swin::SwinMoe;
 
@@ -68,8 +69,9 @@ pub struct MoeSettings {
     pub dropout: f64,
     /// Weights of the auxiliary losses.
     pub balance: BalanceConfig,
-    /// Experts that every token passes through besides its chosen ones.
-    pub num_shared_experts: usize,
+    /// Hidden width of the shared expert, which every token passes through besides its chosen
+    /// ones; 0 for none.
+    pub shared_d_ff: usize,
 }
 
 impl Default for SwinMoeConfig {
@@ -107,12 +109,12 @@ impl Default for MoeSettings {
             activation: Activation::Gelu,
             dropout: 0.0,
             balance: BalanceConfig::default(),
-            num_shared_experts: 0,
+            shared_d_ff: 0,
         }
     }
 }
 
-fn refuse<T>(
+pub(super) fn refuse<T>(
     key: impl Into<String>,
     got: impl ToString,
     allowed: impl Into<String>,
@@ -188,7 +190,7 @@ impl SwinMoeConfig {
                     .validate()?;
             }
         }
-        Ok(())
+        validate_extent(self)
     }
 
     /// Builds the model with initial weights drawn from the back-end's random generator.
@@ -240,7 +242,7 @@ impl SwinMoeConfig {
             .with_normalize_gate(moe.normalize_gate)
             .with_activation(moe.activation)
             .with_expert_dropout(moe.dropout)
-            .with_shared_d_ff(moe.num_shared_experts * hidden)
+            .with_shared_d_ff(moe.shared_d_ff)
             // The published layer always has the second bias, and freezes it if there is to be none.
             .with_train_fc2_bias(self.fc2_bias)
             .with_init_std(self.init_std)
@@ -414,11 +416,7 @@ impl MoeSettings {
     fn validate(&self) -> Result<()> {
         at_least_one("moe.num_experts", self.num_experts)?;
         at_most("moe.num_experts", self.num_experts, MAX_EXPERTS)?;
-        at_most(
-            "moe.num_shared_experts",
-            self.num_shared_experts,
-            MAX_EXPERTS,
-        )?;
+        at_most("moe.shared_d_ff", self.shared_d_ff, MAX_SIZE)?;
         if let RouterConfig::Cosine { dim, .. } = self.router {
             at_most("moe.router.dim", dim, MAX_SIZE)?;
         }

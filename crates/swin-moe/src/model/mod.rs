@@ -10,6 +10,7 @@ pub mod block;
 pub mod config;
 pub mod drop_path;
 mod error;
+mod extent;
 pub mod geometry;
 pub mod layers;
 pub mod mlp;

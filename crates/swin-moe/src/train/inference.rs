@@ -10,6 +10,7 @@ use super::checkpoint::{Checkpoint, RunState};
 use super::device::read;
 use super::error::{Result, TrainError};
 use super::evaluate::{Evaluation, evaluate};
+use super::faults::DeviceFaults;
 use super::images::{TestImages, prepare_file};
 use super::params::{read_params, write_params};
 use super::run_dir::RunDir;
@@ -17,9 +18,12 @@ use super::setup::check_classes;
 use super::tally::softmax;
 use crate::backend::{BackendKind, Job, dispatch};
 use crate::config::{Config, DataSource};
+use crate::memory::{Held, check_fits};
 use crate::model::SwinMoe;
 use crate::settings::model_config;
-use crate::weights::{ImportOptions, ImportReport, export_safetensors, import_file};
+use crate::weights::{
+    ImportOptions, ImportReport, import_file, published_tensors, write_safetensors,
+};
 
 /// Images per step when predicting.
 const PREDICT_BATCH: usize = 32;
@@ -30,6 +34,7 @@ pub struct Trained {
     path: PathBuf,
     checkpoint: Checkpoint,
     config: Config,
+    faults: DeviceFaults,
 }
 
 impl Trained {
@@ -45,7 +50,14 @@ impl Trained {
             path: path.to_path_buf(),
             checkpoint,
             config,
+            faults: DeviceFaults::default(),
         })
+    }
+
+    /// Has every result checked against what `faults` has heard of the device.
+    pub fn with_faults(mut self, faults: DeviceFaults) -> Self {
+        self.faults = faults;
+        self
     }
 
     /// Where the run stood.
@@ -103,6 +115,7 @@ impl Trained {
     ) -> Result<(SwinMoe<B::InnerBackend>, RunState, Config)> {
         let state = self.checkpoint.state;
         let config = model_config(&self.config, state.class_names.len())?;
+        check_fits(&config, Held::Parameters, 1)?;
         let model = config.init::<B::InnerBackend>(device)?;
         let model = write_params(model, self.checkpoint.model).map_err(|reason| {
             TrainError::Checkpoint {
@@ -124,8 +137,11 @@ impl Job for Evaluate {
     type Output = Result<Evaluation>;
 
     fn run<B: TrainingBackend>(self, device: &B::Device) -> Result<Evaluation> {
+        let faults = self.trained.faults.clone();
         let (model, _, config) = self.trained.model::<B>(device)?;
-        evaluate(&model, &self.images, config.train.eval_batch_size, device)
+        let result = evaluate(&model, &self.images, config.train.eval_batch_size, device)?;
+        faults.check("while images were evaluated")?;
+        Ok(result)
     }
 }
 
@@ -147,6 +163,7 @@ impl Job for Predict {
     type Output = Result<Vec<Prediction>>;
 
     fn run<B: TrainingBackend>(self, device: &B::Device) -> Self::Output {
+        let faults = self.trained.faults.clone();
         let (model, state, config) = self.trained.model::<B>(device)?;
         let (channels, size) = (config.model.in_chans, config.model.image_size);
         let mut predictions = Vec::with_capacity(self.files.len());
@@ -166,6 +183,7 @@ impl Job for Predict {
                 });
             }
         }
+        faults.check("while images were scored")?;
         Ok(predictions)
     }
 }
@@ -186,8 +204,11 @@ impl Job for Export {
     type Output = Result<()>;
 
     fn run<B: TrainingBackend>(self, device: &B::Device) -> Result<()> {
+        let faults = self.trained.faults.clone();
         let (model, ..) = self.trained.model::<B>(device)?;
-        Ok(export_safetensors(&model, &self.output)?)
+        let tensors = published_tensors(&model)?;
+        faults.check("while weights were read")?;
+        Ok(write_safetensors(&self.output, &tensors)?)
     }
 }
 
@@ -206,6 +227,8 @@ pub struct ImportRequest {
     pub backend: BackendKind,
     /// How much to forgive.
     pub options: ImportOptions,
+    /// What the device's thread has reported.
+    pub faults: DeviceFaults,
 }
 
 /// Makes a run directory out of published weights, to be evaluated or trained further.
@@ -233,9 +256,12 @@ impl Job for Import {
                     .to_owned(),
             )
         })?;
-        let model = model_config(&config, num_classes)?.init::<B::InnerBackend>(device)?;
+        let model = model_config(&config, num_classes)?;
+        check_fits(&model, Held::Parameters, 1)?;
+        let model = model.init::<B::InnerBackend>(device)?;
         let (model, report) = import_file(model, &request.weights, request.options)?;
         let weights = read_params(&model).map_err(TrainError::device("while weights were read"))?;
+        request.faults.check("while weights were read")?;
         let checkpoint = Checkpoint {
             state: RunState {
                 name: request.name,

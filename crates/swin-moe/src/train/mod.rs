@@ -7,6 +7,7 @@ pub mod checkpoint;
 mod device;
 mod error;
 mod evaluate;
+mod faults;
 mod images;
 mod inference;
 mod interrupt;
@@ -26,6 +27,7 @@ pub mod tally;
 
 pub use error::{Result, TrainError};
 pub use evaluate::{Evaluation, evaluate};
+pub use faults::DeviceFaults;
 pub use images::{Images, TestImages, TrainImages};
 pub use inference::{ImportRequest, Prediction, Trained, import};
 pub use interrupt::StopFlag;

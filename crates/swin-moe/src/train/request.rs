@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::faults::DeviceFaults;
 use super::interrupt::StopFlag;
 use super::metrics::EvalRecord;
 use super::progress::Verbosity;
@@ -44,6 +45,8 @@ pub struct Control {
     pub max_steps: Option<u64>,
     /// Stop after the current step once it is raised.
     pub stop: StopFlag,
+    /// What the device's thread has reported.
+    pub faults: DeviceFaults,
     /// What to print while running.
     pub verbosity: Verbosity,
 }

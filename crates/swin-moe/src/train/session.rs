@@ -193,6 +193,7 @@ impl<B: TrainingBackend> Session<'_, B> {
     /// Waits for the device, checks that all is well and writes a line of metrics.
     fn log(&mut self, trace: StepTrace<B>, pace: &Pace) -> Result<()> {
         device::check::<B>(self.device, self.place.step)?;
+        self.check_device()?;
         let ce_loss = scalar(trace.ce_loss)?;
         let aux_loss = scalar(trace.aux_loss)?;
         self.check_finite(ce_loss + aux_loss, trace.lr)?;
@@ -212,8 +213,15 @@ impl<B: TrainingBackend> Session<'_, B> {
                 .map(|load| Ok(LayerLoad::from(load.read()?)))
                 .collect::<Result<_>>()?,
         };
+        self.check_device()?;
         self.progress.step(&record);
         self.metrics.append(&Record::Step(record))
+    }
+
+    /// An error if the device's thread has reported a failure.
+    fn check_device(&self) -> Result<()> {
+        let step = self.place.step;
+        self.control.faults.check(&format!("by step {step}"))
     }
 
     fn check_finite(&self, loss: f32, lr: f64) -> Result<()> {
@@ -274,6 +282,7 @@ impl<B: TrainingBackend> Session<'_, B> {
             self.config.train.eval_batch_size,
             self.device,
         )?;
+        self.check_device()?;
         let record = EvalRecord {
             step: self.place.step,
             epoch,
@@ -309,6 +318,7 @@ impl<B: TrainingBackend> Session<'_, B> {
             }
         }
         let optimizer = self.optimizer.state()?;
+        self.check_device()?;
         let state = RunState {
             name: self.facts.name.clone(),
             step: self.place.step,

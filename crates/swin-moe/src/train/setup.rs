@@ -21,6 +21,7 @@ use super::schedule::Schedule;
 use super::session::{Place, Session};
 use crate::backend::{BackendKind, Job, dispatch};
 use crate::config::{Config, DataSource, TrainConfig};
+use crate::memory::{Held, check_fits};
 use crate::model::SwinMoe;
 use crate::settings::model_config;
 
@@ -99,7 +100,8 @@ impl Job for Start {
     fn run<B: TrainingBackend>(self, device: &B::Device) -> Result<Outcome> {
         let Start { request, images } = self;
         let config = request.config;
-        let model = new_model::<B>(&config, images.class_names().len(), device)?;
+        let classes = images.class_names().len();
+        let model = new_model::<B>(&config, classes, request.backend, device)?;
         let optimizer = AdamW::new(adamw_config(&config.train), &model);
         let run = RunDir::create(&request.output)?;
         fs::write(run.config(), config.to_toml()).map_err(TrainError::io("write", run.config()))?;
@@ -150,7 +152,8 @@ impl Job for Continue {
             reason,
             remedy: "it belongs to another model or version; start a new run",
         };
-        let model = new_model::<B>(&self.config, state.class_names.len(), device)?;
+        let classes = state.class_names.len();
+        let model = new_model::<B>(&self.config, classes, self.backend, device)?;
         let model = write_params(model, weights).map_err(unfit)?;
         let mut optimizer = AdamW::new(adamw_config(&self.config.train), &model);
         // Imported weights come without moments: the run then starts with them.
@@ -193,10 +196,16 @@ fn last_eval(run: &RunDir) -> Result<Option<EvalRecord>> {
 pub(crate) fn new_model<B: TrainingBackend>(
     config: &Config,
     num_classes: usize,
+    backend: BackendKind,
     device: &B::Device,
 ) -> Result<SwinMoe<B>> {
+    let model = model_config(config, num_classes)?;
+    // A GPU has memory of its own, and says so itself when it runs out.
+    if backend == BackendKind::Cpu {
+        check_fits(&model, Held::TrainingState, config.train.batch_size)?;
+    }
     B::seed(device, init_seed(config.train.seed));
-    Ok(model_config(config, num_classes)?.init(device)?)
+    Ok(model.init(device)?)
 }
 
 fn adamw_config(train: &TrainConfig) -> AdamWConfig {

@@ -17,20 +17,24 @@ const STATE_KEYS: [&str; 4] = ["model", "state_dict", "model_state_dict", "modul
 /// A pickle of names and shapes; the largest published one has 100 KB.
 const MAX_PICKLE_BYTES: u64 = 1 << 28;
 
+/// Tensors may share storages; together they take at most this many times the file's size.
+const MAX_SHARING: u64 = 8;
+
 type Archive = ZipArchive<BufReader<File>>;
 
 /// Reads all tensors of a checkpoint's state dictionary.
 pub(super) fn read(path: &Path) -> Result<TensorMap, WeightsError> {
     let file = File::open(path).map_err(WeightsError::io(path))?;
+    let file_bytes = file.metadata().map_err(WeightsError::io(path))?.len();
     let mut archive = ZipArchive::new(BufReader::new(file)).map_err(|e| WeightsError::Format {
         path: path.to_path_buf(),
         reason: e.to_string(),
         remedy: "save it with PyTorch 1.6 or later (a zip archive), and fetch it whole",
     })?;
-    read_archive(&mut archive).map_err(|reason| WeightsError::format(path, reason))
+    read_archive(&mut archive, file_bytes).map_err(|reason| WeightsError::format(path, reason))
 }
 
-fn read_archive(archive: &mut Archive) -> Result<TensorMap, String> {
+fn read_archive(archive: &mut Archive, file_bytes: u64) -> Result<TensorMap, String> {
     let prefix = archive
         .file_names()
         .find_map(|name| name.strip_suffix("data.pkl"))
@@ -47,6 +51,7 @@ fn read_archive(archive: &mut Archive) -> Result<TensorMap, String> {
         archive,
         prefix,
         cache: HashMap::new(),
+        bytes_left: file_bytes.saturating_mul(MAX_SHARING),
     };
     state_entries(&unpickled)?
         .into_iter()
@@ -101,6 +106,8 @@ struct Storages<'a> {
     archive: &'a mut Archive,
     prefix: String,
     cache: HashMap<String, Vec<u8>>,
+    /// What further tensors may take, in bytes of the file's types.
+    bytes_left: u64,
 }
 
 impl Storages<'_> {
@@ -114,6 +121,12 @@ impl Storages<'_> {
             self.cache.insert(storage.key.clone(), bytes);
         }
         let bytes = self.cache.get(&storage.key).map_or(&[][..], Vec::as_slice);
+        let elements = tensor.shape.iter().map(|&d| d as u64);
+        let taken = elements.fold(storage.element.size() as u64, u64::saturating_mul);
+        self.bytes_left = self
+            .bytes_left
+            .checked_sub(taken)
+            .ok_or("its tensors are many times larger than the file")?;
         Ok(HostTensor {
             shape: tensor.shape.clone(),
             values: gather(tensor, bytes)?,

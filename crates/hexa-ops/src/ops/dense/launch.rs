@@ -3,6 +3,7 @@
 use std::sync::Once;
 
 use burn_cubecl::{CubeRuntime, tensor::CubeTensor};
+use cubecl::zspace::{Shape, Strides, metadata::Metadata};
 use cubek::matmul::{
     definition::{MatmulElems, MatmulGlobalElems, MatmulSetupError},
     launch::{Strategy, launch_ref},
@@ -10,8 +11,9 @@ use cubek::matmul::{
 use cubek::std::InputBinding;
 
 use super::kernel::strided_matmul;
-use super::plan::{Candidate, candidates, is_readable};
+use super::plan::{Candidate, candidates, is_readable, parts_of_sum};
 use crate::ops::device::{accumulator, address_type, contiguous, empty, unit_per_item, zeros};
+use crate::ops::tile::launch::sum_parts;
 use crate::types::MatmulPrecision;
 
 /// Matrix product; contract in [`crate::ExpertKernels::dense_matmul`].
@@ -34,6 +36,21 @@ pub fn dense_matmul<R: CubeRuntime>(
         return zeros(&lhs, shape, dtype);
     }
 
+    let columns = shape[rank - 1];
+    let rows = shape[rank - 2];
+    let batches = shape.num_elements() / (rows * columns);
+    let parts = parts_of_sum(batches, rows, columns, inner);
+    // With batches as well as parts there would be two axes in front; and parts of half precision
+    // would be rounded before they are added.
+    if parts > 1 && batches == 1 && dtype == accumulator(dtype) {
+        let sums = dense_matmul(
+            in_parts(lhs, rank - 1, parts),
+            in_parts(rhs, rank - 2, parts),
+            precision,
+        );
+        return sum_parts(sums, parts, shape, dtype);
+    }
+
     let out = empty(&lhs, shape, dtype);
     for candidate in candidates(dtype, precision) {
         let strategy = match candidate {
@@ -50,6 +67,22 @@ pub fn dense_matmul<R: CubeRuntime>(
         }
     }
     out
+}
+
+/// The matrix as `[parts, rows, columns]`, `axis` of it being cut. No copy.
+fn in_parts<R: CubeRuntime>(mut tensor: CubeTensor<R>, axis: usize, parts: usize) -> CubeTensor<R> {
+    let rank = tensor.meta.num_dims();
+    let mut shape = [
+        parts,
+        tensor.meta.shape()[rank - 2],
+        tensor.meta.shape()[rank - 1],
+    ];
+    let strides = tensor.meta.strides();
+    let len = tensor.meta.shape()[axis] / parts;
+    let strides = [len * strides[axis], strides[rank - 2], strides[rank - 1]];
+    shape[1 + axis + 2 - rank] = len;
+    *tensor.meta = Metadata::new(Shape::new(shape), Strides::new(&strides));
+    tensor
 }
 
 /// Launches one of CubeK's kernels, or says why it cannot work on these operands.

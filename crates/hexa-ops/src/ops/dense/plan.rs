@@ -25,6 +25,30 @@ pub fn candidates(dtype: DType, precision: MatmulPrecision) -> &'static [Candida
     }
 }
 
+/// Rows and columns of the results that one cube of a tiled kernel computes, at most.
+const CUBE_TILE: usize = 64;
+
+/// Cubes that keep the largest devices busy.
+const ENOUGH_CUBES: usize = 512;
+
+/// Shortest sum that is worth a part of its own.
+const MIN_PART: usize = 256;
+
+/// Parts into which the sums over `k` of `batches` products `[m, k] · [k, n]` are cut, a divisor of
+/// `k`; one where the results alone keep the device busy. A function of shapes: sums are
+/// reproducible.
+///
+/// A linear layer's weight gradient is what needs it: a small result, summed over all tokens.
+pub fn parts_of_sum(batches: usize, m: usize, n: usize, k: usize) -> usize {
+    let cubes = batches * m.div_ceil(CUBE_TILE) * n.div_ceil(CUBE_TILE);
+    let most = (ENOUGH_CUBES / cubes.max(1)).min(k / MIN_PART);
+    // What does not divide would need a remainder's product of its own.
+    (1..=most)
+        .rev()
+        .find(|&parts| k.is_multiple_of(parts))
+        .unwrap_or(1)
+}
+
 /// Whether tiled kernels read this layout as it is: one of the matrix axes has unit stride, the
 /// other one does not overlap it, and matrices lie one after the other.
 pub fn is_readable(shape: &[usize], strides: &[usize]) -> bool {
@@ -61,6 +85,18 @@ mod tests {
                     Some(&Candidate::Strided)
                 );
             }
+        }
+    }
+
+    #[test]
+    fn long_sums_of_small_results_are_cut_evenly() {
+        assert_eq!(parts_of_sum(1, 64, 192, 65_536), 128);
+        assert_eq!(parts_of_sum(1, 65_536, 192, 64), 1, "many rows, short sums");
+        assert_eq!(parts_of_sum(8192, 16, 16, 512), 1, "many products");
+        assert_eq!(parts_of_sum(1, 64, 64, 65_537), 1, "a prime");
+        assert_eq!(parts_of_sum(1, 1, 1, 0), 1);
+        for k in 1..2000 {
+            assert!(k % parts_of_sum(1, 3, 5, k) == 0);
         }
     }
 

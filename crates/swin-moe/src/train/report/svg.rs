@@ -196,9 +196,7 @@ impl Frame {
 
     /// The opening tag, the axes and their labels.
     fn open(&self, x_label: &str) -> String {
-        let mut svg = format!(
-            "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" xmlns=\"http://www.w3.org/2000/svg\">"
-        );
+        let mut svg = format!("<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\">");
         for tick in ticks(self.y_min, self.y_max, 5) {
             let y = self.y(tick);
             let _ = write!(

@@ -1,0 +1,228 @@
+//! The fused FFN in few launches: two forward, five backward, and sums over the choices.
+//!
+//! The first product stores pre-activation and activation; the second adds the bias, multiplies
+//! with the gate weight and, with one choice per token, writes the result's rows. Backward, the
+//! product with `W2ᵀ` ends with the activation's gradient, writes the pre-activation's gradient
+//! over the pre-activation if nobody else holds it, and leaves a share of the gate weights'
+//! gradient for each column tile.
+
+use burn::tensor::DType;
+use cubecl::server::KernelArguments;
+
+use super::launch::{Rows, accepts, contiguous_index, packed, rows_aligned, sums};
+use super::source::Epilogue;
+use super::task::Kernel;
+use super::{FfnArgs, Tensor};
+use crate::backend::{FfnBackwardArgs, FfnForward, FfnGrads, RawExpertIndex};
+use crate::ops::combine::launch::combine;
+use crate::ops::device::empty;
+use crate::ops::ess::launch::ess;
+use crate::types::RowOrder;
+
+/// Order in which one row per slot is written, so that a token's rows are its result or lie
+/// together.
+fn result_order(index: &RawExpertIndex<Tensor>) -> RowOrder {
+    if index.top_k == 1 {
+        RowOrder::Token
+    } else {
+        RowOrder::Slot
+    }
+}
+
+/// The sum of each token's rows, which are in [`result_order`].
+fn add_choices(rows: Tensor, index: RawExpertIndex<Tensor>) -> Tensor {
+    if index.top_k == 1 {
+        rows
+    } else {
+        combine(rows, RowOrder::Slot, None, index)
+    }
+}
+
+/// See [`super::expert_ffn`].
+pub(super) fn forward(args: FfnArgs<Tensor>) -> Result<FfnForward<Tensor>, FfnArgs<Tensor>> {
+    let d_model = args.weights.w1.meta.shape()[1];
+    let width = args.weights.w1.meta.shape()[2];
+    let d_ff = args.weights.w2.meta.shape()[1];
+    if args.options.dropout > 0.0 || !accepts(&args.x, &[d_model, d_ff, width], &args.index) {
+        return Err(args);
+    }
+    let index = contiguous_index(args.index);
+    let num_slots = index.num_slots();
+    let x = rows_aligned(args.x);
+    let gates = packed(args.gates);
+    let (w1, w2) = (packed(args.weights.w1), packed(args.weights.w2));
+    let (b1, b2) = (args.weights.b1.map(packed), args.weights.b2.map(packed));
+
+    let pre_activation = empty(&x, [num_slots, width], x.dtype);
+    let activated = empty(&x, [num_slots, d_ff], x.dtype);
+    let first = Rows {
+        a: &x,
+        a_order: RowOrder::Token,
+        w: &w1,
+        transposed: false,
+        bias: b1.as_ref(),
+        gates: None,
+        index: &index,
+        out_order: RowOrder::Expert,
+    };
+    first.launch(
+        Epilogue::Activate(args.options.activation),
+        &[&activated, &pre_activation],
+    );
+    let second = Rows {
+        a: &activated,
+        a_order: RowOrder::Expert,
+        w: &w2,
+        transposed: false,
+        bias: b2.as_ref(),
+        gates: Some(&gates),
+        index: &index,
+        out_order: result_order(&index),
+    };
+    let rows = second.product(num_slots);
+    drop(activated);
+    Ok(FfnForward {
+        output: add_choices(rows, index),
+        pre_activation,
+    })
+}
+
+/// See [`super::expert_ffn_backward`].
+pub(super) fn backward(
+    args: FfnBackwardArgs<Tensor, Tensor>,
+) -> Result<FfnGrads<Tensor>, FfnBackwardArgs<Tensor, Tensor>> {
+    let d_model = args.weights.w1.meta.shape()[1];
+    let width = args.weights.w1.meta.shape()[2];
+    let d_ff = args.weights.w2.meta.shape()[1];
+    if args.options.dropout > 0.0 || !accepts(&args.x, &[d_model, d_ff, width], &args.index) {
+        return Err(args);
+    }
+    let index = contiguous_index(args.index);
+    let num_slots = index.num_slots();
+    let needs = args.needs;
+    let grad_output = rows_aligned(args.grad_output);
+    let gates = packed(args.gates);
+    let mut grads = FfnGrads {
+        x: None,
+        gates: None,
+        w1: None,
+        b1: None,
+        w2: None,
+        b2: None,
+    };
+    if needs.b2 {
+        let dy = grad_output.clone();
+        grads.b2 = Some(ess(dy, RowOrder::Token, Some(gates.clone()), index.clone()));
+    }
+    if !(needs.x || needs.gates || needs.w1 || needs.b1 || needs.w2) {
+        return Ok(grads);
+    }
+
+    let w2 = packed(args.weights.w2);
+    let through = Rows {
+        a: &grad_output,
+        a_order: RowOrder::Token,
+        w: &w2,
+        transposed: true,
+        bias: None,
+        gates: Some(&gates),
+        index: &index,
+        out_order: RowOrder::Expert,
+    };
+    let pre_activation = packed(args.pre_activation);
+    let grad_pre = if pre_activation.can_mut() {
+        pre_activation.clone()
+    } else {
+        empty(&pre_activation, [num_slots, width], pre_activation.dtype)
+    };
+    let weighted = empty(&grad_output, [num_slots, d_ff], grad_output.dtype);
+    let column_tiles = d_ff.div_ceil(through.tile_columns());
+    let gate_parts = empty(&grad_output, [column_tiles, num_slots], DType::F32);
+    through.launch(
+        Epilogue::ActivateVjp(args.options.activation),
+        &[&pre_activation, &gate_parts, &weighted, &grad_pre],
+    );
+    drop(pre_activation);
+
+    if needs.gates {
+        let bias = args.weights.b2.map(packed);
+        let out = empty(&gates, [index.tokens, index.top_k], gates.dtype);
+        gate_gradient(&gate_parts, &grad_output, bias.as_ref(), &index, &out);
+        grads.gates = Some(out);
+    }
+    drop(gate_parts);
+    if needs.w2 {
+        grads.w2 = Some(sums(&grad_output, RowOrder::Token, &weighted, &index, true));
+    }
+    drop(weighted);
+    if needs.w1 {
+        let x = rows_aligned(args.x);
+        grads.w1 = Some(sums(&x, RowOrder::Token, &grad_pre, &index, false));
+    }
+    if needs.b1 {
+        grads.b1 = Some(ess(grad_pre.clone(), RowOrder::Expert, None, index.clone()));
+    }
+    if needs.x {
+        let w1 = packed(args.weights.w1);
+        let back = Rows {
+            a: &grad_pre,
+            a_order: RowOrder::Expert,
+            w: &w1,
+            transposed: true,
+            bias: None,
+            gates: None,
+            index: &index,
+            out_order: result_order(&index),
+        };
+        let rows = back.product(num_slots);
+        drop(grad_pre);
+        grads.x = Some(add_choices(rows, index));
+    }
+    Ok(grads)
+}
+
+/// Gradient of the gate weights from its shares: `[tokens, top_k]`.
+fn gate_gradient(
+    parts: &Tensor,
+    grad_output: &Tensor,
+    bias: Option<&Tensor>,
+    index: &RawExpertIndex<Tensor>,
+    out: &Tensor,
+) {
+    let d_model = grad_output.meta.shape()[1];
+    let num_slots = index.num_slots();
+    let packed_output = packed(grad_output.clone());
+    let mut arguments = KernelArguments::new();
+    // Without a bias its buffer is not read; any stands for it.
+    let bias_or_any = bias.unwrap_or(&packed_output);
+    arguments.buffers = [
+        parts,
+        &packed_output,
+        bias_or_any,
+        &index.positions,
+        &index.offsets,
+        out,
+    ]
+    .map(|tensor| tensor.handle.clone().binding())
+    .to_vec();
+    let kernel = Kernel::GateGradient {
+        is_f16: out.dtype == DType::F16,
+        top_k: index.top_k,
+    };
+    let scalars = [
+        num_slots,
+        parts.meta.shape()[0],
+        index.num_experts,
+        d_model,
+        usize::from(bias.is_some()),
+    ];
+    // SAFETY: one warp for each slot of the index, whose tensors have the sizes in `scalars`.
+    unsafe {
+        kernel.launch(
+            &out.client,
+            (num_slots.div_ceil(8) as u32, 1),
+            arguments,
+            scalars.map(|n| n as u64).to_vec(),
+        );
+    }
+}

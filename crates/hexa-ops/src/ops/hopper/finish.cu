@@ -1,0 +1,84 @@
+// What follows the grouped products: sums over parts and over column tiles. Definitions in front of
+// this text: IS_F16, TOP_K.
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+__device__ __forceinline__ float to_float(u16 bits) {
+#if IS_F16
+  float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits)); return f;
+#else
+  return __uint_as_float((u32)bits << 16);
+#endif
+}
+
+__device__ __forceinline__ u16 from_float(float value) {
+  u16 bits;
+#if IS_F16
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#else
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#endif
+  return bits;
+}
+
+struct GateParams { u64 num_slots, column_tiles, num_experts, d_model, has_bias; };
+
+// grad_gates[slot] = sum of the column tiles' parts + dy[token] . b2[expert]; a warp for each slot.
+extern "C" __global__ void hexa_gate_gradient(
+    const float* __restrict__ parts, const u16* __restrict__ grad_output,
+    const u16* __restrict__ bias, const int* __restrict__ positions,
+    const int* __restrict__ offsets, u16* __restrict__ grad_gates,
+    const __grid_constant__ GateParams p) {
+  int slot = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+  if (slot >= (int)p.num_slots) return;
+  float sum = 0.0f;
+  for (int tile = lane; tile < (int)p.column_tiles; tile += 32)
+    sum += parts[(u64)tile * p.num_slots + slot];
+  if (p.has_bias) {
+    int position = positions[slot], low = 0, high = (int)p.num_experts;
+    while (high - low > 1) {
+      int middle = (low + high) / 2;
+      if (offsets[middle] <= position) low = middle; else high = middle;
+    }
+    const u32* dy = (const u32*)(grad_output + (u64)(slot / TOP_K) * p.d_model);
+    const u32* b = (const u32*)(bias + (u64)low * p.d_model);
+    for (int i = lane; i < (int)p.d_model / 2; i += 32) {
+      u32 x = dy[i], y = b[i];
+      sum = fmaf(to_float((u16)x), to_float((u16)y), sum);
+      sum = fmaf(to_float((u16)(x >> 16)), to_float((u16)(y >> 16)), sum);
+    }
+  }
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  if (lane == 0) grad_gates[slot] = from_float(sum);
+}
+
+struct PartParams { u64 elements, chunk; };
+
+// out[e] = the sum of its slabs, in order, for the experts with more rows than a chunk; the others'
+// results are there already. One row of cubes for each expert.
+extern "C" __global__ void hexa_sum_parts(const float* __restrict__ parts,
+                                          const int* __restrict__ offsets, u16* __restrict__ out,
+                                          const __grid_constant__ PartParams p) {
+  int expert = blockIdx.y, chunk = (int)p.chunk;
+  int rows = offsets[expert + 1] - offsets[expert];
+  if (rows <= chunk) return;
+  u64 first = 0;
+  for (int e = 0; e < expert; ++e) {
+    int others = offsets[e + 1] - offsets[e];
+    if (others > chunk) first += (others + chunk - 1) / chunk;
+  }
+  int count = (rows + chunk - 1) / chunk;
+  for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < p.elements / 4;
+       i += (u64)gridDim.x * blockDim.x) {
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int part = 0; part < count; ++part) {
+      float4 v = *(const float4*)(parts + (first + part) * p.elements + 4 * i);
+      sum.x += v.x; sum.y += v.y; sum.z += v.z; sum.w += v.w;
+    }
+    u16* to = out + (u64)expert * p.elements + 4 * i;
+    *(uint2*)to = make_uint2((u32)from_float(sum.x) | (u32)from_float(sum.y) << 16,
+                             (u32)from_float(sum.z) | (u32)from_float(sum.w) << 16);
+  }
+}

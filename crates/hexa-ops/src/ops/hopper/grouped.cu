@@ -1,0 +1,706 @@
+// Grouped matrix products on Hopper's matrix units (wgmma), for bf16 and f16 with f32 sums.
+//
+// One persistent kernel, compiled for one of two problems over positions in expert order:
+//
+//   ROWS  (ESMM)    out[p, n]    = epilogue(sum_k a[row(p), k] * b[expert(p)][k, n])
+//   SUMS  (ESTMM)   out[e][m, n] = sum over the positions p of expert e of a[row(p), m] * b[row(p), n]
+//
+// A cube has one warpgroup that copies operands into a ring of stages and two that multiply, each 64
+// rows of a tile. Copies of the next tile are under way during a tile's epilogue.
+//
+// What bounds such a kernel is the second-level cache: 128 x 256 tiles at 800 TFLOP/s would read
+// 9 TB/s from it, and 6 to 7 are there. Therefore two cubes form a cluster that works on tiles one
+// above the other, and share b: each copies half of it, by bulk tensor copies into both. Rows of a
+// are gathered by 16-byte asynchronous copies, with zeros for what is missing.
+//
+// The launcher puts these definitions in front (see source.rs): BN, STAGES, TOP_K, the registers
+// per thread, and the function wgmma(); PROBLEM_SUMS, A_SOURCE, B_TRANSPOSED, OUT_SOURCE,
+// OUT_TRANSPOSED, EPILOGUE, ACTIVATION, GATED, HAS_BIAS, HAS_GATES, IS_F16, SPLIT.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define BM 128
+#define BK 64
+#define CONSUMER_WARPS 8
+#define ACCUMULATORS (BN / 2)
+#define PRODUCERS 128
+#define CLUSTER 2
+#define GROUP_M 8  // pairs of row tiles
+
+// Row of a matrix for a position: the position itself, its slot, or its slot's token.
+#define BY_POSITION 0
+#define BY_SLOT 1
+#define BY_TOKEN 2
+
+#define EPILOGUE_STORE 0         // out = acc + bias, times the gate weight if HAS_GATES
+#define EPILOGUE_ACTIVATE 1      // out = acc + bias, out2 = act(out)
+#define EPILOGUE_ACTIVATE_VJP 2  // acc is the gradient of act(h), before gate weighting:
+                                 // out = gate * acc * act'(h), out2 = gate * act(h), and
+                                 // gate_parts[column tile][slot] = sum over its columns of acc * act(h)
+
+#define GELU 0
+#define GELU_TANH 1
+#define RELU 2
+#define SILU 3
+
+struct __align__(64) TensorMap { u64 opaque[16]; };
+
+struct Params {
+  u64 num_experts;
+  u64 m;      // SUMS: columns of a
+  u64 n;      // columns of b
+  u64 k;      // ROWS: summed width
+  u64 lda;    // elements from row to row of a
+  u64 chunk;  // SUMS, SPLIT: positions in one part
+  u64 num_slots;
+};
+
+// ---- Stages ----
+// Operands lie in rows of 128 bytes, eight rows to a swizzle atom: 16-byte chunk c of row r is at
+// r * 128 + ((c ^ (r & 7)) << 4), as wgmma's 128-byte swizzle reads them.
+#define A_BYTES (BM * BK * 2)
+#define B_BYTES (BN * BK * 2)
+#define STAGE_BYTES (A_BYTES + B_BYTES)
+// The activation's gradient also needs the pre-activation's tile. It comes through the ring as well,
+// behind the operands, in steps of 128 rows x H_COLUMNS in rows of 256 bytes, swizzled alike.
+#define H_COLUMNS (BN == 192 ? 96 : 128)
+#define H_STEPS (EPILOGUE == EPILOGUE_ACTIVATE_VJP ? BN * (1 + GATED) / H_COLUMNS : 0)
+// Epilogue: each warp transposes 16 x 32 sums at a time; rows are padded against bank conflicts.
+#define PATCH_COLUMNS 32
+#define PATCH_STRIDE 40
+#define PATCH_FLOATS (16 * PATCH_STRIDE)
+#define PATCH_BYTES (CONSUMER_WARPS * PATCH_FLOATS * 4)
+// Dynamic shared memory: the stages, the patches, then barriers, then the experts' tile table.
+#define SHARED_BARRIERS (STAGES * STAGE_BYTES + PATCH_BYTES)
+#define SHARED_TABLE (SHARED_BARRIERS + STAGES * 16)
+
+__device__ __forceinline__ u32 shared_address(const void* p) {
+  return (u32)__cvta_generic_to_shared(p);
+}
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive_expecting(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+// Arrives at the barrier at this address of cube `rank` of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(barrier),
+      "r"(rank) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra over;\nbra again;\nover:\n}\n" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
+               ::: "memory");
+}
+
+// Copies a box of a tensor into the same place of every cube of the cluster.
+__device__ __forceinline__ void copy_box(u32 target, const TensorMap* map, int column, int row,
+                                         int matrix, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(target), "l"(map), "r"(column),
+      "r"(row), "r"(matrix), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
+}
+
+// Copies 16 bytes, or writes zeros if `valid` is false; `source` is not read then.
+__device__ __forceinline__ void copy16(u32 target, const u16* source, bool valid) {
+  u32 bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "r"(bytes) : "memory");
+}
+
+// Arrives at the barrier once all copies that this thread has asked for are done.
+__device__ __forceinline__ void arrive_after_copies(u32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Descriptor of an operand with the 128-byte swizzle. `lead` is the distance of its blocks of 64
+// along the rows' direction (read only if the operand is stored with the summed dimension first).
+__device__ __forceinline__ u64 descriptor(u32 address, u32 lead) {
+  return (u64)((address & 0x3ffff) >> 4) | ((u64)(lead >> 4) << 16) | ((u64)(1024 >> 4) << 32) |
+         ((u64)1 << 62);
+}
+
+// ---- Numbers ----
+#if IS_F16
+__device__ __forceinline__ float low_float(u32 pair) {
+  float f; u16 h = (u16)pair; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f;
+}
+__device__ __forceinline__ float high_float(u32 pair) { return low_float(pair >> 16); }
+__device__ __forceinline__ u32 pack(float low, float high) {
+  u32 pair; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low)); return pair;
+}
+#else
+__device__ __forceinline__ float low_float(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_float(u32 pair) {
+  return __uint_as_float(pair & 0xffff0000u);
+}
+__device__ __forceinline__ u32 pack(float low, float high) {
+  u32 pair; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low)); return pair;
+}
+#endif
+
+__device__ __forceinline__ void unpack8(uint4 packed, float* values) {
+  values[0] = low_float(packed.x); values[1] = high_float(packed.x);
+  values[2] = low_float(packed.y); values[3] = high_float(packed.y);
+  values[4] = low_float(packed.z); values[5] = high_float(packed.z);
+  values[6] = low_float(packed.w); values[7] = high_float(packed.w);
+}
+
+__device__ __forceinline__ uint4 pack8(const float* v) {
+  return make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
+}
+
+// ---- Where tiles lie ----
+struct Tile {
+  int expert;
+  int first;  // ROWS: first position; SUMS: first position of the part
+  int len;    // ROWS: rows of the tile; SUMS: positions of the part
+  int m0, n0;
+  int part;   // SUMS: slab of the partial sums, or -1 for the result itself
+};
+
+// Tiles before each expert, and (SPLIT) slabs of partial sums before it.
+struct Table {
+  int* begin;  // [num_experts + 1] positions
+  int* tiles;  // [num_experts + 1]
+  int* parts;  // [num_experts + 1]
+};
+
+__device__ __forceinline__ int parts_of(int rows, const Params& p) {
+#if PROBLEM_SUMS && SPLIT
+  return rows > (int)p.chunk ? (rows + (int)p.chunk - 1) / (int)p.chunk : 1;
+#else
+  return 1;
+#endif
+}
+
+__device__ __forceinline__ void build_table(Table table, const int* offsets, const Params& p) {
+  int experts = (int)p.num_experts;
+  int n_tiles = ((int)p.n + BN - 1) / BN;
+  for (int e = threadIdx.x; e <= experts; e += blockDim.x) table.begin[e] = offsets[e];
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    int lane = threadIdx.x, tiles = 0, slabs = 0;
+    if (lane == 0) table.tiles[0] = table.parts[0] = 0;
+    for (int base = 0; base < experts; base += 32) {
+      int e = base + lane, own = 0, own_slabs = 0;
+      if (e < experts) {
+        int rows = table.begin[e + 1] - table.begin[e];
+#if PROBLEM_SUMS
+        int parts = parts_of(rows, p);
+        own = parts * (((int)p.m + 2 * BM - 1) / (2 * BM)) * n_tiles;
+        own_slabs = parts > 1 ? parts : 0;
+#else
+        own = (rows + 2 * BM - 1) / (2 * BM) * n_tiles;
+#endif
+      }
+      for (int step = 1; step < 32; step *= 2) {
+        int left = __shfl_up_sync(~0u, own, step), left_slabs = __shfl_up_sync(~0u, own_slabs, step);
+        if (lane >= step) { own += left; own_slabs += left_slabs; }
+      }
+      if (e < experts) { table.tiles[e + 1] = tiles + own; table.parts[e + 1] = slabs + own_slabs; }
+      tiles += __shfl_sync(~0u, own, 31);
+      slabs += __shfl_sync(~0u, own_slabs, 31);
+    }
+  }
+  __syncthreads();
+}
+
+// This cube's tile of the cluster's pair number `index`: experts one after the other; within one,
+// groups of GROUP_M pairs by all column tiles, so that what runs at one time shares operands in the
+// cache. The second tile of a pair may be empty.
+__device__ __forceinline__ Tile find_tile(Table table, int index, int rank, const Params& p) {
+  int low = 0, high = (int)p.num_experts;
+  while (high - low > 1) {
+    int middle = (low + high) / 2;
+    if (table.tiles[middle] <= index) low = middle; else high = middle;
+  }
+  Tile tile;
+  tile.expert = low;
+  int begin = table.begin[low], rows = table.begin[low + 1] - begin;
+  int n_tiles = ((int)p.n + BN - 1) / BN;
+  int local = index - table.tiles[low];
+#if PROBLEM_SUMS
+  int m_tiles = ((int)p.m + 2 * BM - 1) / (2 * BM);
+  int part = local / (m_tiles * n_tiles);
+  local %= m_tiles * n_tiles;
+  int parts = parts_of(rows, p);
+  tile.part = parts > 1 ? table.parts[low] + part : -1;
+  tile.first = parts > 1 ? begin + part * (int)p.chunk : begin;
+  tile.len = parts > 1 ? min((int)p.chunk, begin + rows - tile.first) : rows;
+#else
+  int m_tiles = (rows + 2 * BM - 1) / (2 * BM);
+#endif
+  int group = local / (GROUP_M * n_tiles);
+  int first_m = group * GROUP_M, height = min(GROUP_M, m_tiles - first_m);
+  int rest = local % (GROUP_M * n_tiles);
+  tile.m0 = (first_m + rest % height) * (2 * BM) + rank * BM;
+  tile.n0 = rest / height * BN;
+#if !PROBLEM_SUMS
+  tile.part = -1;
+  tile.first = begin + tile.m0;
+  tile.len = max(0, min(BM, rows - tile.m0));
+#endif
+  return tile;
+}
+
+template <int SOURCE>
+__device__ __forceinline__ int source_row(const int* slots, int position) {
+  if (SOURCE == BY_POSITION) return position;
+  int slot = slots[position];
+  return SOURCE == BY_SLOT ? slot : slot / TOP_K;
+}
+
+// ---- Copies ----
+#if PROBLEM_SUMS
+// Rows of a for a thread's four positions of a step.
+__device__ __forceinline__ void find_rows(int* rows, const int* slots, int first, int valid_rows) {
+  int line = threadIdx.x >> 3;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    rows[i] = line + 16 * i < valid_rows ? source_row<A_SOURCE>(slots, first + line + 16 * i) : 0;
+}
+#endif
+
+// This cube's half of a step's b, into both cubes of the cluster. One thread.
+__device__ __forceinline__ void copy_b(u32 stage, const TensorMap* map, const Tile& tile, int step,
+                                       int rank, u32 barrier) {
+  barrier_arrive_expecting(barrier, B_BYTES);
+#if PROBLEM_SUMS
+  int row = tile.first + step * BK, matrix = 0;
+#else
+  int row = step * BK, matrix = tile.expert;
+#endif
+#if B_TRANSPOSED
+  copy_box(stage + rank * (B_BYTES / 2), map, row, tile.n0 + rank * (BN / 2), matrix, barrier);
+#else
+#pragma unroll
+  for (int block = 0; block < BN / 64; ++block)
+    copy_box(stage + block * 8192 + rank * 4096, map, tile.n0 + block * 64, row + rank * (BK / 2),
+             matrix, barrier);
+#endif
+}
+
+// ---- Activations ----
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;
+}
+
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;
+}
+
+// Distribution function of the normal distribution: 1/2 + x * Q(x * x) with |x| cut off at 4.5; Q
+// of degree 9 fitted for the least absolute error, which is below 1e-5, against 4e-3 that a bf16
+// near one is rounded by. (The error function's usual formulas need two slow operations, and this
+// is done as often as the matrix unit multiplies 2 x 384 numbers.)
+__device__ __forceinline__ float normal_cdf(float x) {
+  float c = fminf(fmaxf(x, -4.5f), 4.5f), u = c * c;
+  float q = fmaf(-1.72628643e-12f, u, 2.02239975e-10f);
+  q = fmaf(q, u, -1.05669411e-8f);
+  q = fmaf(q, u, 3.27888785e-7f);
+  q = fmaf(q, u, -6.81368329e-6f);
+  q = fmaf(q, u, 1.01733734e-4f);
+  q = fmaf(q, u, -1.14271371e-3f);
+  q = fmaf(q, u, 9.89176985e-3f);
+  q = fmaf(q, u, -6.64206743e-2f);
+  q = fmaf(q, u, 3.98924679e-1f);
+  return fmaf(c, q, 0.5f);
+}
+
+// Value and derivative of the activation of one number.
+__device__ __forceinline__ void activate(float h, float& value, float& slope) {
+#if ACTIVATION == GELU
+  float phi = normal_cdf(h);
+  value = h * phi;
+  slope = fmaf(h * 0.3989422804014327f, exp2_fast(-0.7213475204444817f * h * h), phi);
+#elif ACTIVATION == GELU_TANH
+  float inner = 0.7978845608028654f * fmaf(0.044715f * h * h, h, h);
+  float t = fmaf(-2.0f, reciprocal_fast(exp2_fast(2.8853900817779268f * inner) + 1.0f), 1.0f);
+  value = 0.5f * h * (1.0f + t);
+  slope = 0.5f * (1.0f + t) +
+          0.5f * h * (1.0f - t * t) * 0.7978845608028654f * fmaf(0.134145f * h, h, 1.0f);
+#elif ACTIVATION == RELU
+  value = fmaxf(h, 0.0f);
+  slope = h > 0.0f ? 1.0f : 0.0f;
+#else
+  float sigmoid = reciprocal_fast(1.0f + exp2_fast(-1.4426950408889634f * h));
+  value = h * sigmoid;
+  slope = sigmoid * fmaf(h, 1.0f - sigmoid, 1.0f);
+#endif
+}
+
+#if H_STEPS
+// Eight pre-activations of the tile, from the stages that begin with stage number `turn`.
+__device__ __forceinline__ uint4 ring_h(u32 base, int turn, int row, int column) {
+  u32 stage = base + (turn + column / H_COLUMNS) % STAGES * STAGE_BYTES;
+  int chunk = column % H_COLUMNS / 8;
+  uint4 packed;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(packed.x), "=r"(packed.y), "=r"(packed.z), "=r"(packed.w)
+               : "r"(stage + row * 256 + ((chunk ^ (row & 7)) << 4)));
+  return packed;
+}
+#endif
+
+// ---- The kernel ----
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1) hexa_grouped(
+    const __grid_constant__ TensorMap b_map, const u16*, const u16* __restrict__ a,
+    const int* __restrict__ slots, const int* __restrict__ offsets,
+#if HAS_BIAS
+    const u16* __restrict__ bias,
+#endif
+#if HAS_GATES
+    const u16* __restrict__ gates,
+#endif
+#if EPILOGUE == EPILOGUE_ACTIVATE_VJP
+    const u16* pre_activation, float* __restrict__ gate_parts,
+#endif
+#if PROBLEM_SUMS && SPLIT
+    float* __restrict__ parts,
+#endif
+#if EPILOGUE != EPILOGUE_STORE
+    u16* __restrict__ out2,
+#endif
+    u16* out, const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) u8 shared[];
+  u32 base = shared_address(shared);
+  u32 full = base + SHARED_BARRIERS, empty = full + STAGES * 8;
+  Table table;
+  table.begin = (int*)(shared + SHARED_TABLE);
+  table.tiles = table.begin + p.num_experts + 1;
+  table.parts = table.tiles + p.num_experts + 1;
+  int rank = blockIdx.x % CLUSTER;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; ++s) {
+      barrier_init(full + s * 8, PRODUCERS + 1);
+      barrier_init(empty + s * 8, CLUSTER * CONSUMER_WARPS);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  build_table(table, offsets, p);
+  cluster_sync();
+  int num_tiles = table.tiles[p.num_experts];
+
+  if (threadIdx.x < PRODUCERS) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
+    int chunk = threadIdx.x & 7, line = threadIdx.x >> 3;
+    u32 swizzled = line * 128 + ((chunk ^ (line & 7)) << 4);
+    int turn = 0;
+    for (int index = blockIdx.x / CLUSTER; index < num_tiles; index += gridDim.x / CLUSTER) {
+      Tile tile = find_tile(table, index, rank, p);
+#if PROBLEM_SUMS
+      int steps = (tile.len + BK - 1) / BK;
+      int rows[4];
+      find_rows(rows, slots, tile.first, tile.len);
+#else
+      int steps = ((int)p.k + BK - 1) / BK;
+      u32 rows[BM / 16];
+#pragma unroll
+      for (int i = 0; i < BM / 16; ++i)
+        rows[i] = line + 16 * i < tile.len
+            ? source_row<A_SOURCE>(slots, tile.first + line + 16 * i) : 0;
+#endif
+      for (int step = 0; step < steps + H_STEPS; ++step, ++turn) {
+        int s = turn % STAGES;
+        if (turn >= STAGES) barrier_wait(empty + s * 8, (turn / STAGES - 1) & 1);
+        u32 stage = base + s * STAGE_BYTES;
+#if H_STEPS
+        if (step >= steps) {
+          int h_chunk = threadIdx.x & 15, h_line = threadIdx.x >> 4;
+          u64 width = p.n * (1 + GATED);
+          int column = tile.n0 * (1 + GATED) + (step - steps) * H_COLUMNS + h_chunk * 8;
+          bool valid_column = h_chunk * 8 < H_COLUMNS && column < (int)width;
+          const u16* source = pre_activation + (u64)(tile.first + h_line) * width + column;
+          u32 target = stage + h_line * 256 + ((h_chunk ^ (h_line & 7)) << 4);
+#pragma unroll
+          for (int i = 0; i < BM / 8; ++i) {
+            bool valid = valid_column && h_line + 8 * i < tile.len;
+            copy16(target + i * 2048, valid ? source + (u64)(8 * i) * width : a, valid);
+          }
+          if (threadIdx.x == 0) barrier_arrive(full + s * 8);
+          arrive_after_copies(full + s * 8);
+          continue;
+        }
+#endif
+        if (threadIdx.x == 0) copy_b(stage + A_BYTES, &b_map, tile, step, rank, full + s * 8);
+#if PROBLEM_SUMS
+        int valid_rows = tile.len - step * BK;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const u16* row = a + (u64)rows[i] * p.lda + tile.m0 + chunk * 8;
+#pragma unroll
+          for (int block = 0; block < BM / 64; ++block) {
+            bool valid =
+                line + 16 * i < valid_rows && tile.m0 + block * 64 + chunk * 8 < (int)p.m;
+            copy16(stage + swizzled + i * 2048 + block * 8192, valid ? row + block * 64 : a, valid);
+          }
+        }
+        if (step + 1 < steps)
+          find_rows(rows, slots, tile.first + (step + 1) * BK, valid_rows - BK);
+#else
+        int k = step * BK + chunk * 8;
+        bool valid_k = k < (int)p.k;
+#pragma unroll
+        for (int i = 0; i < BM / 16; ++i) {
+          bool valid = valid_k && line + 16 * i < tile.len;
+          copy16(stage + swizzled + i * 2048, a + (valid ? (u64)rows[i] * p.lda + k : 0), valid);
+        }
+#endif
+        arrive_after_copies(full + s * 8);
+      }
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
+  int thread = threadIdx.x - PRODUCERS, warp = thread / 32, lane = thread % 32;
+  int group = warp / 4;
+  float* patch = (float*)(shared + STAGES * STAGE_BYTES) + warp * PATCH_FLOATS;
+  int turn = 0;
+  for (int index = blockIdx.x / CLUSTER; index < num_tiles; index += gridDim.x / CLUSTER) {
+    Tile tile = find_tile(table, index, rank, p);
+#if PROBLEM_SUMS
+    int steps = (tile.len + BK - 1) / BK;
+    bool empty_tile = tile.m0 >= (int)p.m;
+#else
+    int steps = ((int)p.k + BK - 1) / BK;
+    bool empty_tile = tile.len == 0;
+#endif
+    float acc[ACCUMULATORS];
+#if HAS_BIAS
+#pragma unroll
+    for (int j = 0; j < BN / 8; ++j) {
+      int column = tile.n0 + j * 8 + (lane % 4) * 2;
+      u32 pair = column < (int)p.n ? *(const u32*)(bias + (u64)tile.expert * p.n + column) : 0;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        acc[j * 4 + half * 2] = low_float(pair);
+        acc[j * 4 + half * 2 + 1] = high_float(pair);
+      }
+    }
+#else
+#pragma unroll
+    for (int i = 0; i < ACCUMULATORS; ++i) acc[i] = 0.0f;
+#endif
+    for (int step = 0; step < steps; ++step, ++turn) {
+      int s = turn % STAGES;
+      barrier_wait(full + s * 8, (turn / STAGES) & 1);
+      // The copies wrote through the generic proxy, the matrix unit reads through the asynchronous.
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      u32 stage = base + s * STAGE_BYTES;
+      u64 a_desc = descriptor(stage + group * 8192, 8192);
+      u64 b_desc = descriptor(stage + A_BYTES, 8192);
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+      if (!empty_tile) {
+#pragma unroll
+        for (int k = 0; k < BK / 16; ++k)
+          wgmma(acc, a_desc + k * (A_FIRST_IS_K ? 128 : 2), b_desc + k * (B_FIRST_IS_K ? 128 : 2));
+      }
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+      if (step > 0 && lane < CLUSTER) barrier_arrive_at(empty + ((turn - 1) % STAGES) * 8, lane);
+    }
+#if H_STEPS
+    for (int step = 0; step < H_STEPS; ++step)
+      barrier_wait(full + (turn + step) % STAGES * 8, ((turn + step) / STAGES) & 1);
+#endif
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < ACCUMULATORS; ++i) asm volatile("" : "+f"(acc[i])::"memory");
+    if (steps > 0 && lane < CLUSTER) barrier_arrive_at(empty + ((turn - 1) % STAGES) * 8, lane);
+
+    // ---- Epilogue: 16 rows x 32 columns at a time, transposed so that stores are contiguous ----
+#if PROBLEM_SUMS
+    auto store_sums = [&](const float* v, u64 at) {
+#if SPLIT
+      if (tile.part >= 0) {
+        float* slab = parts + (u64)tile.part * p.m * p.n + at;
+        *(float4*)slab = make_float4(v[0], v[1], v[2], v[3]);
+        *(float4*)(slab + 4) = make_float4(v[4], v[5], v[6], v[7]);
+        return;
+      }
+#endif
+      *(uint4*)(out + (u64)tile.expert * p.m * p.n + at) = pack8(v);
+    };
+#endif
+    if (!empty_tile) {
+    int warp_row = group * 64 + (warp % 4) * 16;
+    int row_in_patch[2], out_row[2];
+    bool row_valid[2];
+#if HAS_GATES || EPILOGUE == EPILOGUE_ACTIVATE_VJP
+    int slot[2];
+#endif
+#if HAS_GATES
+    float gate[2];
+#endif
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      row_in_patch[half] = half * 8 + lane / 4;
+      int row = warp_row + row_in_patch[half];
+#if PROBLEM_SUMS
+      row_valid[half] = tile.m0 + row < (int)p.m;
+      out_row[half] = tile.m0 + row;
+#else
+      row_valid[half] = row < tile.len;
+      int position = tile.first + (row_valid[half] ? row : 0);
+      out_row[half] = source_row<OUT_SOURCE>(slots, position);
+#if HAS_GATES || EPILOGUE == EPILOGUE_ACTIVATE_VJP
+      slot[half] = slots[position];
+#endif
+#if HAS_GATES
+      gate[half] = low_float(gates[slot[half]]);
+#endif
+#endif
+    }
+#if EPILOGUE == EPILOGUE_ACTIVATE_VJP
+    float dot[2] = {0.0f, 0.0f};
+#endif
+#pragma unroll
+    for (int part = 0; part < BN / PATCH_COLUMNS; ++part) {
+#pragma unroll
+      for (int j = 0; j < PATCH_COLUMNS / 8; ++j) {
+        const float* from = acc + part * 16 + j * 4;
+        float* to = patch + (lane / 4) * PATCH_STRIDE + j * 8 + (lane % 4) * 2;
+        *(float2*)to = make_float2(from[0], from[1]);
+        *(float2*)(to + 8 * PATCH_STRIDE) = make_float2(from[2], from[3]);
+      }
+      __syncwarp();
+#if PROBLEM_SUMS && OUT_TRANSPOSED
+      // out[e][n, m]: a lane has one column of the patch, that is, 16 neighbours of the result.
+      int line = tile.n0 + part * PATCH_COLUMNS + lane;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int at = tile.m0 + warp_row + half * 8;
+        if (line < (int)p.n && at < (int)p.m) {
+          float v[8];
+#pragma unroll
+          for (int i = 0; i < 8; ++i) v[i] = patch[(half * 8 + i) * PATCH_STRIDE + lane];
+          store_sums(v, (u64)line * p.m + at);
+        }
+      }
+#else
+      int column = tile.n0 + part * PATCH_COLUMNS + (lane % 4) * 8;
+      bool column_valid = column < (int)p.n;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* from = patch + row_in_patch[half] * PATCH_STRIDE + (lane % 4) * 8;
+        float v[8];
+        *(float4*)v = *(const float4*)from;
+        *(float4*)(v + 4) = *(const float4*)(from + 4);
+        if (row_valid[half] && column_valid) {
+#if EPILOGUE == EPILOGUE_STORE
+#if HAS_GATES
+#pragma unroll
+          for (int i = 0; i < 8; ++i) v[i] *= gate[half];
+#endif
+#if PROBLEM_SUMS
+          store_sums(v, (u64)out_row[half] * p.n + column);
+#else
+          *(uint4*)(out + (u64)out_row[half] * p.n + column) = pack8(v);
+#endif
+#else
+          u64 row = (u64)out_row[half];
+#if EPILOGUE == EPILOGUE_ACTIVATE
+          *(uint4*)(out + row * p.n + column) = pack8(v);
+          float slope;
+#if GATED
+          float act[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            activate(v[2 * i], act[i], slope);
+            act[i] *= v[2 * i + 1];
+          }
+          *(uint2*)(out2 + row * (p.n / 2) + column / 2) =
+              make_uint2(pack(act[0], act[1]), pack(act[2], act[3]));
+#else
+          float act[8];
+#pragma unroll
+          for (int i = 0; i < 8; ++i) activate(v[i], act[i], slope);
+          *(uint4*)(out2 + row * p.n + column) = pack8(act);
+#endif
+#else
+          float weighted[8];
+#if GATED
+#pragma unroll
+          for (int quad = 0; quad < 2; ++quad) {
+            u64 at = row * (2 * p.n) + 2 * column + 8 * quad;
+            float h[8];
+            unpack8(ring_h(base, turn, warp_row + row_in_patch[half],
+                           (part * PATCH_COLUMNS + (lane % 4) * 8) * 2 + 8 * quad), h);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              float value, slope, grad = v[4 * quad + i];
+              activate(h[2 * i], value, slope);
+              float product = value * h[2 * i + 1];
+              dot[half] = fmaf(grad, product, dot[half]);
+              weighted[4 * quad + i] = gate[half] * product;
+              grad *= gate[half];
+              float to_gate = grad * h[2 * i + 1] * slope;
+              h[2 * i + 1] = grad * value;
+              h[2 * i] = to_gate;
+            }
+            *(uint4*)(out + at) = pack8(h);
+          }
+#else
+          float h[8];
+          unpack8(ring_h(base, turn, warp_row + row_in_patch[half],
+                         part * PATCH_COLUMNS + (lane % 4) * 8), h);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            float value, slope;
+            activate(h[i], value, slope);
+            dot[half] = fmaf(v[i], value, dot[half]);
+            weighted[i] = gate[half] * value;
+            h[i] = gate[half] * v[i] * slope;
+          }
+          *(uint4*)(out + row * p.n + column) = pack8(h);
+#endif
+          *(uint4*)(out2 + row * p.n + column) = pack8(weighted);
+#endif
+#endif
+        }
+      }
+#endif
+      __syncwarp();
+    }
+#if EPILOGUE == EPILOGUE_ACTIVATE_VJP
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      dot[half] += __shfl_xor_sync(~0u, dot[half], 1);
+      dot[half] += __shfl_xor_sync(~0u, dot[half], 2);
+      if (lane % 4 == 0 && row_valid[half])
+        gate_parts[(u64)(tile.n0 / BN) * p.num_slots + slot[half]] = dot[half];
+    }
+#endif
+    }
+#if H_STEPS
+    __syncwarp();
+    for (int step = 0; step < H_STEPS; ++step, ++turn)
+      if (lane < CLUSTER) barrier_arrive_at(empty + turn % STAGES * 8, lane);
+#endif
+  }
+  }
+  cluster_sync();  // a cube must not end while the other one's copies and arrivals reach it
+}

@@ -1,0 +1,386 @@
+//! Host's side: what the kernels accept, allocation, arguments.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use burn::tensor::DType;
+use burn_cubecl::kernel::into_contiguous;
+use cubecl::cuda::CudaDevice;
+use cubecl::server::{KernelArguments, TensorMapBinding, TensorMapMeta};
+use cubecl::zspace::{Shape, Strides, metadata::Metadata};
+use cubecl_runtime::tma::{
+    OobFill, TensorMapFormat, TensorMapInterleave, TensorMapPrefetch, TensorMapSwizzle, TiledArgs,
+};
+use cudarc::driver::result;
+use cudarc::driver::sys::CUdevice_attribute;
+
+use super::plan::{SumSplit, row_pairs, sum_split, tile_columns};
+use super::source::{CLUSTER, Epilogue, MAX_EXPERTS, Problem, TILE_ROWS, Variant};
+use super::task::Kernel;
+use super::{EstmmArgs, Tensor};
+use crate::backend::{EsmmArgs, RawExpertIndex};
+use crate::ops::device::empty;
+use crate::ops::tile::launch::with_unit_columns;
+use crate::types::RowOrder;
+
+/// Elements of one 16-byte access.
+const ACCESS: usize = 8;
+
+/// Columns of the boxes that bulk copies move: 128 bytes.
+const BOX_COLUMNS: usize = 64;
+
+/// Whether operands of this type and these widths can be multiplied here.
+pub(super) fn accepts(like: &Tensor, widths: &[usize], index: &RawExpertIndex<Tensor>) -> bool {
+    matches!(like.dtype, DType::BF16 | DType::F16)
+        && widths.iter().all(|&w| w > 0 && w.is_multiple_of(ACCESS))
+        && index.slots.dtype == DType::I32
+        && index.num_slots() > 0
+        && i32::try_from(index.num_slots()).is_ok()
+        && index.num_experts <= MAX_EXPERTS
+        && is_hopper(&like.device)
+}
+
+/// Whether the device has `wgmma`: compute capability 9.0, neither less nor more.
+fn is_hopper(device: &CudaDevice) -> bool {
+    static KNOWN: OnceLock<Mutex<HashMap<usize, bool>>> = OnceLock::new();
+    let known = KNOWN.get_or_init(Default::default);
+    let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
+    *known.entry(device.index).or_insert_with(|| {
+        let attribute = |which| {
+            let device = result::device::get(i32::try_from(device.index).ok()?).ok()?;
+            // SAFETY: the device was found, and any attribute may be asked for.
+            unsafe { result::device::get_attribute(device, which) }.ok()
+        };
+        let major = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
+        let minor = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
+        let is_hopper = (major, minor) == (Some(9), Some(0));
+        log::info!(
+            "device {}: wgmma kernels {}",
+            device.index,
+            if is_hopper { "on" } else { "off" }
+        );
+        is_hopper
+    })
+}
+
+pub(super) fn multiprocessors(tensor: &Tensor) -> usize {
+    let hardware = &tensor.client.properties().hardware;
+    hardware.num_streaming_multiprocessors.unwrap_or(1) as usize
+}
+
+/// The tensor with rows of neighbouring elements at multiples of 16 bytes.
+pub(super) fn rows_aligned(tensor: Tensor) -> Tensor {
+    let tensor = with_unit_columns(tensor);
+    let offset = tensor.handle.offset_start.unwrap_or(0);
+    if tensor.meta.strides()[0].is_multiple_of(ACCESS) && offset.is_multiple_of(16) {
+        tensor
+    } else {
+        copied(tensor)
+    }
+}
+
+/// The tensor, contiguous and aligned.
+pub(super) fn packed(tensor: Tensor) -> Tensor {
+    let tensor = into_contiguous(tensor);
+    if tensor.handle.offset_start.unwrap_or(0).is_multiple_of(16) {
+        tensor
+    } else {
+        copied(tensor)
+    }
+}
+
+/// A copy in memory of its own.
+fn copied(tensor: Tensor) -> Tensor {
+    let dtype = tensor.dtype;
+    let copy = burn_cubecl::kernel::cast(tensor, DType::F32);
+    into_contiguous(burn_cubecl::kernel::cast(copy, dtype))
+}
+
+/// A map of `[matrices, rows, columns]` for boxes of `box_rows` rows.
+fn tensor_map(tensor: &Tensor, shape: [usize; 3], box_rows: usize) -> TensorMapBinding {
+    let [_, rows, columns] = shape;
+    TensorMapBinding {
+        binding: tensor.handle.clone().binding(),
+        map: TensorMapMeta {
+            format: TensorMapFormat::Tiled(TiledArgs {
+                tile_size: Shape::new([1, box_rows, BOX_COLUMNS]),
+            }),
+            metadata: Metadata::new(
+                Shape::new(shape),
+                Strides::new(&[rows * columns, columns, 1]),
+            ),
+            elem_stride: Strides::new(&[1, 1, 1]),
+            interleave: TensorMapInterleave::None,
+            swizzle: TensorMapSwizzle::B128,
+            prefetch: TensorMapPrefetch::B256,
+            oob_fill: OobFill::Zero,
+            storage_ty: tensor.dtype.into(),
+        },
+    }
+}
+
+/// Extents of a product, as the text's `Params` has them.
+#[derive(Clone, Copy, Default)]
+struct Extents {
+    m: usize,
+    n: usize,
+    k: usize,
+    lda: usize,
+    chunk: usize,
+}
+
+/// Puts a product into the queue. `others` are the buffers behind the index, in the text's order.
+fn launch(
+    variant: Variant,
+    a: &Tensor,
+    b: TensorMapBinding,
+    index: &RawExpertIndex<Tensor>,
+    others: &[&Tensor],
+    extents: Extents,
+) {
+    let binding = |tensor: &Tensor| tensor.handle.clone().binding();
+    let mut arguments = KernelArguments::new();
+    arguments.tensor_maps = vec![b];
+    arguments.buffers = [a, &index.slots, &index.offsets]
+        .into_iter()
+        .chain(others.iter().copied())
+        .map(binding)
+        .collect();
+    let scalars = [
+        index.num_experts,
+        extents.m,
+        extents.n,
+        extents.k,
+        extents.lda,
+        extents.chunk,
+        index.num_slots(),
+    ];
+    let cubes = multiprocessors(a) / CLUSTER * CLUSTER;
+    // SAFETY: callers pass the buffers of the variant's signature; all accesses are guarded by the
+    // extents and the index, whose slots are rows that exist.
+    unsafe {
+        Kernel::Grouped(variant).launch(
+            &a.client,
+            (cubes as u32, 1),
+            arguments,
+            scalars.map(|n| n as u64).to_vec(),
+        );
+    }
+}
+
+/// The index with contiguous vectors.
+pub(super) fn contiguous_index(index: RawExpertIndex<Tensor>) -> RawExpertIndex<Tensor> {
+    RawExpertIndex {
+        counts: index.counts,
+        offsets: into_contiguous(index.offsets),
+        slots: into_contiguous(index.slots),
+        positions: into_contiguous(index.positions),
+        ..index
+    }
+}
+
+/// Rows times their expert's matrix, with what follows.
+pub(super) struct Rows<'a> {
+    /// Left operand, aligned.
+    pub(super) a: &'a Tensor,
+    pub(super) a_order: RowOrder,
+    /// Matrices, packed.
+    pub(super) w: &'a Tensor,
+    pub(super) transposed: bool,
+    pub(super) bias: Option<&'a Tensor>,
+    pub(super) gates: Option<&'a Tensor>,
+    pub(super) index: &'a RawExpertIndex<Tensor>,
+    pub(super) out_order: RowOrder,
+}
+
+impl Rows<'_> {
+    /// Columns of the result.
+    pub(super) fn width(&self) -> usize {
+        self.w.meta.shape()[if self.transposed { 1 } else { 2 }]
+    }
+
+    /// Columns of a tile.
+    pub(super) fn tile_columns(&self) -> usize {
+        tile_columns(
+            row_pairs(self.index.num_slots(), self.index.num_experts),
+            self.width(),
+            self.a.meta.shape()[1],
+            multiprocessors(self.a),
+        )
+    }
+
+    /// Launches with `epilogue`, whose own buffers are `outputs`.
+    pub(super) fn launch(&self, epilogue: Epilogue, outputs: &[&Tensor]) {
+        let columns = self.tile_columns();
+        let [experts, rows, width] = dims(self.w);
+        let variant = Variant {
+            columns,
+            a: self.a_order,
+            problem: Problem::Rows {
+                out: self.out_order,
+                transposed: self.transposed,
+                epilogue,
+            },
+            top_k: self.index.top_k,
+            has_bias: self.bias.is_some(),
+            has_gates: self.gates.is_some(),
+            is_f16: self.a.dtype == DType::F16,
+            num_experts: self.index.num_experts,
+        };
+        let box_rows = if self.transposed {
+            columns / CLUSTER
+        } else {
+            32
+        };
+        let others: Vec<&Tensor> = self
+            .bias
+            .into_iter()
+            .chain(self.gates)
+            .chain(outputs.iter().copied())
+            .collect();
+        let extents = Extents {
+            n: self.width(),
+            k: self.a.meta.shape()[1],
+            lda: self.a.meta.strides()[0],
+            ..Extents::default()
+        };
+        let map = tensor_map(self.w, [experts, rows, width], box_rows);
+        launch(variant, self.a, map, self.index, &others, extents);
+    }
+
+    /// Launches a plain product.
+    pub(super) fn product(&self, rows: usize) -> Tensor {
+        let out = empty(self.a, [rows, self.width()], self.a.dtype);
+        self.launch(Epilogue::Store, &[&out]);
+        out
+    }
+}
+
+fn dims(tensor: &Tensor) -> [usize; 3] {
+    let shape = tensor.meta.shape();
+    [shape[0], shape[1], shape[2]]
+}
+
+/// See [`super::esmm`].
+pub(super) fn esmm(args: EsmmArgs<Tensor, Tensor>) -> Result<Tensor, EsmmArgs<Tensor, Tensor>> {
+    let [_, rows, columns] = dims(&args.w);
+    if !accepts(&args.x, &[rows, columns], &args.index) {
+        return Err(args);
+    }
+    let (a, w) = (rows_aligned(args.x), packed(args.w));
+    let bias = args.bias.map(packed);
+    let index = contiguous_index(args.index);
+    let rows = Rows {
+        a: &a,
+        a_order: args.x_order,
+        w: &w,
+        transposed: args.transposed,
+        bias: bias.as_ref(),
+        gates: None,
+        index: &index,
+        out_order: args.out_order,
+    };
+    Ok(rows.product(index.num_slots()))
+}
+
+/// See [`super::estmm`].
+pub(super) fn estmm(args: EstmmArgs<Tensor>) -> Result<Tensor, EstmmArgs<Tensor>> {
+    let widths = [args.a.meta.shape()[1], args.b.meta.shape()[1]];
+    if !accepts(&args.a, &widths, &args.index) {
+        return Err(args);
+    }
+    let index = contiguous_index(args.index);
+    match (args.a_order, args.b_order) {
+        (_, RowOrder::Expert) => {
+            let (a, b) = (rows_aligned(args.a), packed(args.b));
+            Ok(sums(&a, args.a_order, &b, &index, false))
+        }
+        (RowOrder::Expert, _) => {
+            let (a, b) = (packed(args.a), rows_aligned(args.b));
+            Ok(sums(&b, args.b_order, &a, &index, true))
+        }
+        // Bulk copies cannot gather: one operand must lie in expert order.
+        _ => Err(EstmmArgs { index, ..args }),
+    }
+}
+
+/// `Σ gatheredᵀ sorted` for each expert, or its transpose. `sorted` is packed, in expert order.
+pub(super) fn sums(
+    gathered: &Tensor,
+    order: RowOrder,
+    sorted: &Tensor,
+    index: &RawExpertIndex<Tensor>,
+    out_transposed: bool,
+) -> Tensor {
+    let (m, n) = (gathered.meta.shape()[1], sorted.meta.shape()[1]);
+    let experts = index.num_experts;
+    let num_slots = index.num_slots();
+    let processors = multiprocessors(gathered);
+    let columns = tile_columns(
+        experts * m.div_ceil(CLUSTER * TILE_ROWS),
+        n,
+        num_slots.div_ceil(experts),
+        processors,
+    );
+    let split = sum_split(num_slots, experts, m, n, processors);
+    let variant = Variant {
+        columns,
+        a: order,
+        problem: Problem::Sums {
+            out_transposed,
+            split: split.is_some(),
+        },
+        top_k: index.top_k,
+        has_bias: false,
+        has_gates: false,
+        is_f16: gathered.dtype == DType::F16,
+        num_experts: experts,
+    };
+    let shape = if out_transposed {
+        [experts, n, m]
+    } else {
+        [experts, m, n]
+    };
+    let out = empty(gathered, shape, gathered.dtype);
+    let parts = split.map(|split| empty(gathered, [split.max_parts, m * n], DType::F32));
+    let others: Vec<&Tensor> = parts.iter().chain([&out]).collect();
+    let extents = Extents {
+        m,
+        n,
+        lda: gathered.meta.strides()[0],
+        chunk: split.map_or(0, |split| split.chunk),
+        ..Extents::default()
+    };
+    let map = tensor_map(sorted, [1, num_slots, n], 32);
+    launch(variant, gathered, map, index, &others, extents);
+    if let (Some(split), Some(parts)) = (split, parts) {
+        add_parts(&parts, split, &out, index, m * n);
+    }
+    out
+}
+
+fn add_parts(
+    parts: &Tensor,
+    split: SumSplit,
+    out: &Tensor,
+    index: &RawExpertIndex<Tensor>,
+    elements: usize,
+) {
+    let mut arguments = KernelArguments::new();
+    arguments.buffers = [parts, &index.offsets, out]
+        .map(|tensor| tensor.handle.clone().binding())
+        .to_vec();
+    let kernel = Kernel::SumParts {
+        is_f16: out.dtype == DType::F16,
+    };
+    let cubes = elements.div_ceil(4 * 256).min(multiprocessors(out));
+    // SAFETY: the parts are those that the product has just written, for the same index.
+    unsafe {
+        kernel.launch(
+            &out.client,
+            (cubes as u32, index.num_experts as u32),
+            arguments,
+            vec![elements as u64, split.chunk as u64],
+        );
+    }
+}

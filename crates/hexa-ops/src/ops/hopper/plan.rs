@@ -1,0 +1,129 @@
+//! Choice of tiles and of how long sums are cut. Pure.
+
+use super::source::{CLUSTER, TILE_ROWS};
+
+/// Widths that a tile can have.
+const TILE_COLUMNS: [usize; 3] = [256, 192, 128];
+
+/// Summed elements of one step.
+const STEP_DEPTH: usize = 64;
+
+/// Cycles that a step takes at least: the way from a free stage to a filled one.
+const MIN_STEP_CYCLES: usize = 800;
+
+/// Cycles of an epilogue, for each column.
+const EPILOGUE_CYCLES_PER_COLUMN: usize = 18;
+
+/// The width of the tiles: the one with the least estimated time.
+///
+/// Clusters work on `row_pairs` × ⌈`width` / columns⌉ pairs of tiles in rounds; a round takes
+/// `depth / 64` steps and an epilogue.
+pub(super) fn tile_columns(
+    row_pairs: usize,
+    width: usize,
+    depth: usize,
+    multiprocessors: usize,
+) -> usize {
+    let clusters = (multiprocessors / CLUSTER).max(1);
+    let cycles = |columns: usize| {
+        let rounds = (row_pairs * width.div_ceil(columns)).div_ceil(clusters);
+        // 128 rows × 64 × columns products, at 1024 × 2 cycles for 256 columns and both cubes.
+        let step = (4 * columns).max(MIN_STEP_CYCLES);
+        rounds * (depth.div_ceil(STEP_DEPTH) * step + EPILOGUE_CYCLES_PER_COLUMN * columns)
+    };
+    TILE_COLUMNS
+        .into_iter()
+        .min_by_key(|&columns| cycles(columns))
+        .unwrap_or(TILE_COLUMNS[0])
+}
+
+/// Pairs of row tiles of ESMM that balanced experts have.
+pub(super) fn row_pairs(num_slots: usize, num_experts: usize) -> usize {
+    let pair = CLUSTER * TILE_ROWS;
+    num_slots / pair + num_experts.min(num_slots).div_ceil(2)
+}
+
+/// How sums over an expert's rows are cut, so that one expert with most of the rows keeps the
+/// device busy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SumSplit {
+    /// Rows of a part; experts with no more of them have one, and write their result directly.
+    pub(super) chunk: usize,
+    /// Most parts there can be.
+    pub(super) max_parts: usize,
+}
+
+/// The cut, or none where one expert's tiles suffice. A function of shapes alone: sums are
+/// reproducible.
+///
+/// A part holds twice the rows of an average expert, so that balanced routing needs no parts, and
+/// all parts together take at most `num_experts` results in f32.
+pub(super) fn sum_split(
+    num_slots: usize,
+    num_experts: usize,
+    m: usize,
+    n: usize,
+    multiprocessors: usize,
+) -> Option<SumSplit> {
+    let tiles = m.div_ceil(CLUSTER * TILE_ROWS) * CLUSTER * n.div_ceil(TILE_COLUMNS[0]);
+    if num_experts < 2 || 2 * tiles >= 3 * multiprocessors {
+        return None;
+    }
+    let chunk = (2 * num_slots)
+        .div_ceil(num_experts)
+        .next_multiple_of(STEP_DEPTH);
+    // Each cut expert has more than `chunk` rows, and at most one part that is not full.
+    let full = num_slots / chunk;
+    Some(SumSplit {
+        chunk,
+        max_parts: full + full.min(num_experts),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn narrow_results_get_tiles_that_fit() {
+        // Stage 3 of Swin-MoE-Small: 384 columns are two tiles of 192.
+        assert_eq!(tile_columns(row_pairs(18_432, 8), 384, 1536, 132), 192);
+        assert_eq!(tile_columns(row_pairs(18_432, 8), 1536, 384, 132), 256);
+        assert_eq!(tile_columns(1, 8, 8, 132), 128);
+        assert_eq!(tile_columns(0, 8, 8, 1), 256);
+    }
+
+    /// Parts that the kernel counts for these experts' rows.
+    fn parts(rows: &[usize], chunk: usize) -> usize {
+        rows.iter()
+            .filter(|&&rows| rows > chunk)
+            .map(|rows| rows.div_ceil(chunk))
+            .sum()
+    }
+
+    #[test]
+    fn parts_never_exceed_their_bound() {
+        for num_experts in 2..5 {
+            for num_slots in [1, 63, 64, 500, 1000] {
+                let Some(split) = sum_split(num_slots, num_experts, 8, 8, 132) else {
+                    panic!("small results are cut");
+                };
+                for first in (0..=num_slots).step_by(7) {
+                    let rest = num_slots - first;
+                    let mut rows = vec![0; num_experts];
+                    rows[0] = first;
+                    rows[1] = rest;
+                    let found = parts(&rows, split.chunk);
+                    assert!(found <= split.max_parts, "{rows:?} {split:?}: {found}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn wide_results_and_single_experts_are_not_cut() {
+        assert_eq!(sum_split(8192, 8, 4096, 14_336, 132), None);
+        assert_eq!(sum_split(8192, 1, 64, 64, 132), None);
+        assert!(sum_split(18_432, 8, 384, 1536, 132).is_some());
+    }
+}

@@ -1,0 +1,259 @@
+//! The kernels' CUDA source: definitions for one variant, then the common text.
+
+use crate::types::{Activation, RowOrder};
+
+/// Text of the matrix products.
+const GROUPED: &str = include_str!("grouped.cu");
+
+/// Text of the small kernels.
+const FINISH: &str = include_str!("finish.cu");
+
+/// Rows of a tile.
+pub(super) const TILE_ROWS: usize = 128;
+
+/// Cubes that share their columns, one tile below the other.
+pub(super) const CLUSTER: usize = 2;
+
+/// Threads of a cube: one warpgroup copies, two multiply.
+pub(super) const THREADS: u32 = 384;
+
+/// Most experts that the kernels' shared memory has room for.
+pub(super) const MAX_EXPERTS: usize = 512;
+
+/// Summed elements of a stage.
+const STAGE_DEPTH: usize = 64;
+
+/// Changes whenever the text does, so that a cache of compiled kernels cannot serve an older one.
+pub(super) const TEXT_HASH: u64 = fnv1a(FINISH.as_bytes(), fnv1a(GROUPED.as_bytes(), FNV_OFFSET));
+
+const FNV_OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
+
+const fn fnv1a(bytes: &[u8], mut hash: u64) -> u64 {
+    let mut i = 0;
+    while i < bytes.len() {
+        hash = (hash ^ bytes[i] as u64).wrapping_mul(0x0100_0000_01b3);
+        i += 1;
+    }
+    hash
+}
+
+/// What becomes of a tile's sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Epilogue {
+    /// Bias, gate weight, store.
+    Store,
+    /// Bias, store; activate, store.
+    Activate(Activation),
+    /// The activation's gradient.
+    ActivateVjp(Activation),
+}
+
+/// Which product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Problem {
+    /// ESMM: rows times the expert's matrix.
+    Rows {
+        /// Order of the results' rows.
+        out: RowOrder,
+        /// Whether the matrices are stored `[out, in]`.
+        transposed: bool,
+        /// What becomes of the sums.
+        epilogue: Epilogue,
+    },
+    /// ESTMM: sums over an expert's rows.
+    Sums {
+        /// Whether the result is stored `[b's width, a's width]`.
+        out_transposed: bool,
+        /// Whether long sums are cut into parts.
+        split: bool,
+    },
+}
+
+/// One compiled matrix product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Variant {
+    /// Columns of a tile: 128, 192 or 256.
+    pub(super) columns: usize,
+    /// Order of the rows of `a`.
+    pub(super) a: RowOrder,
+    pub(super) problem: Problem,
+    pub(super) top_k: usize,
+    pub(super) has_bias: bool,
+    pub(super) has_gates: bool,
+    pub(super) is_f16: bool,
+    /// Number of experts, for the shared memory's size.
+    pub(super) num_experts: usize,
+}
+
+impl Variant {
+    /// Stages that fit into the shared memory.
+    fn stages(&self) -> usize {
+        match self.columns {
+            256 => 4,
+            192 => 5,
+            _ => 6,
+        }
+    }
+
+    /// Bytes of dynamic shared memory: stages, eight patches, barriers and the tile table.
+    pub(super) fn shared_bytes(&self) -> usize {
+        let stage = (TILE_ROWS + self.columns) * STAGE_DEPTH * 2;
+        let table = (3 * 4 * (self.num_experts + 1)).next_multiple_of(1024);
+        self.stages() * (stage + 16) + 8 * 16 * 40 * 4 + table
+    }
+
+    /// The whole text.
+    pub(super) fn text(&self) -> String {
+        let mut defines = Defines::default();
+        let is_sums = matches!(self.problem, Problem::Sums { .. });
+        let first_is_k = |transposed: bool| usize::from(is_sums || !transposed);
+        let (out, transposed, epilogue, out_transposed, split) = match self.problem {
+            Problem::Rows {
+                out,
+                transposed,
+                epilogue,
+            } => (out, transposed, epilogue, false, false),
+            Problem::Sums {
+                out_transposed,
+                split,
+            } => (
+                RowOrder::Expert,
+                false,
+                Epilogue::Store,
+                out_transposed,
+                split,
+            ),
+        };
+        let (epilogue, activation) = match epilogue {
+            Epilogue::Store => (0, Activation::Relu),
+            Epilogue::Activate(activation) => (1, activation),
+            Epilogue::ActivateVjp(activation) => (2, activation),
+        };
+        defines
+            .add("BN", self.columns)
+            .add("STAGES", self.stages())
+            .add("PRODUCER_REGISTERS", 88)
+            .add("CONSUMER_REGISTERS", 208)
+            .add("TOP_K", self.top_k)
+            .add("PROBLEM_SUMS", usize::from(is_sums))
+            .add("A_SOURCE", source_number(self.a))
+            .add("B_TRANSPOSED", usize::from(transposed))
+            .add("OUT_SOURCE", source_number(out))
+            .add("OUT_TRANSPOSED", usize::from(out_transposed))
+            .add("SPLIT", usize::from(split))
+            .add("EPILOGUE", epilogue)
+            .add("ACTIVATION", activation_number(activation))
+            .add("GATED", usize::from(activation.is_gated()))
+            .add("HAS_BIAS", usize::from(self.has_bias))
+            .add("HAS_GATES", usize::from(self.has_gates))
+            .add("IS_F16", usize::from(self.is_f16))
+            .add("A_FIRST_IS_K", usize::from(is_sums))
+            .add("B_FIRST_IS_K", first_is_k(transposed));
+        let wgmma = wgmma(
+            self.columns,
+            usize::from(is_sums),
+            first_is_k(transposed),
+            self.is_f16,
+        );
+        defines.0 + &wgmma + GROUPED
+    }
+}
+
+/// Text of the small kernels.
+pub(super) fn finish_text(is_f16: bool, top_k: usize) -> String {
+    let mut defines = Defines::default();
+    defines
+        .add("IS_F16", usize::from(is_f16))
+        .add("TOP_K", top_k);
+    defines.0 + FINISH
+}
+
+/// Preprocessor definitions.
+#[derive(Default)]
+struct Defines(String);
+
+impl Defines {
+    fn add(&mut self, name: &str, value: usize) -> &mut Self {
+        self.0 += &format!("#define {name} {value}\n");
+        self
+    }
+}
+
+/// `BY_POSITION`, `BY_SLOT` or `BY_TOKEN` of the text.
+fn source_number(order: RowOrder) -> usize {
+    match order {
+        RowOrder::Expert => 0,
+        RowOrder::Slot => 1,
+        RowOrder::Token => 2,
+    }
+}
+
+/// `GELU`, `GELU_TANH`, `RELU` or `SILU` of the text.
+fn activation_number(activation: Activation) -> usize {
+    match activation {
+        Activation::Gelu | Activation::GeGlu => 0,
+        Activation::GeluTanh => 1,
+        Activation::Relu => 2,
+        Activation::Silu | Activation::SwiGlu => 3,
+    }
+}
+
+/// A function around one instruction, `d += a · b` for 64 rows, `columns` columns and a depth of
+/// 16. `a_first_is_k` and `b_first_is_k` say that the operand is stored with the summed dimension
+/// first.
+fn wgmma(columns: usize, a_first_is_k: usize, b_first_is_k: usize, is_f16: bool) -> String {
+    let count = columns / 2;
+    let list = |item: &dyn Fn(usize) -> String| (0..count).map(item).collect::<Vec<_>>().join(", ");
+    let registers = list(&|i| format!("%{i}"));
+    let operands = list(&|i| format!("\"+f\"(d[{i}])"));
+    let dtype = if is_f16 { "f16" } else { "bf16" };
+    format!(
+        "__device__ __forceinline__ void wgmma(float* d, unsigned long long a, unsigned long long b) {{\n\
+         asm volatile(\"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{dtype}.{dtype} \
+         {{{registers}}}, %{count}, %{b}, 1, 1, 1, {a_first_is_k}, {b_first_is_k};\" \
+         : {operands} : \"l\"(a), \"l\"(b));\n}}\n",
+        b = count + 1,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn variant(columns: usize, num_experts: usize) -> Variant {
+        Variant {
+            columns,
+            a: RowOrder::Token,
+            problem: Problem::Sums {
+                out_transposed: true,
+                split: false,
+            },
+            top_k: 2,
+            has_bias: false,
+            has_gates: false,
+            is_f16: false,
+            num_experts,
+        }
+    }
+
+    #[test]
+    fn shared_memory_suffices_for_the_most_experts() {
+        for columns in [128, 192, 256] {
+            let bytes = variant(columns, MAX_EXPERTS).shared_bytes();
+            assert!(bytes <= 232_448, "{columns}: {bytes}");
+        }
+    }
+
+    #[test]
+    fn the_text_begins_with_its_definitions() {
+        let text = variant(192, 8).text();
+        for line in [
+            "#define BN 192\n",
+            "#define TOP_K 2\n",
+            "m64n192k16.f32.bf16.bf16",
+        ] {
+            assert!(text.contains(line), "{line}");
+        }
+        assert_eq!(text.matches("\"+f\"(d[").count(), 96);
+    }
+}

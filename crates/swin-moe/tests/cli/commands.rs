@@ -1,0 +1,245 @@
+//! Every command besides `train`, once, on real input.
+
+use std::fs;
+use std::path::Path;
+
+use safetensors::SafeTensors;
+
+use crate::files::{image_folder, write_picture};
+use crate::harness::{TOP1_LINEAR, fixture, run, sets, succeed, train_tiny, words};
+
+fn command(line: String) -> String {
+    succeed(&words(&line)).stdout
+}
+
+/// Settings that separate the two classes of [`image_folder`] in a few steps.
+const FOLDER: [&str; 6] = [
+    "model.in_chans=3",
+    "train.batch_size=4",
+    "train.epochs=30",
+    "train.lr=1e-2",
+    "augment.random_crop_padding=0",
+    "moe.dropout=0.0",
+];
+
+#[test]
+fn a_folder_is_learnt_evaluated_and_predicted() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = image_folder(&dir.path().join("images"));
+    let run = dir.path().join("run");
+    train_tiny(&run, &FOLDER, &format!("--data {}", folder.display()));
+    let run = run.display();
+
+    let said = command(format!("eval --run {run}"));
+    assert!(
+        said.contains("6 images: top-1 100.00 %, top-5 100.00 %"),
+        "{said}"
+    );
+    let checkpoint = format!("{run}/checkpoints/last.safetensors");
+    let elsewhere = format!("--data {}", folder.display());
+    let last = command(format!("eval --checkpoint {checkpoint} {elsewhere}"));
+    assert!(last.contains("6 images: "), "{last}");
+
+    let mut line = format!("predict --run {run}");
+    let mut expected = Vec::new();
+    for (number, (class, name)) in [(1, "up"), (0, "down"), (1, "up")].into_iter().enumerate() {
+        // Pictures that were in neither split, in another format and size.
+        let path = dir.path().join(format!("new-{number}.gif"));
+        write_picture(&path, class, 9 + number as u32);
+        line += &format!(" {}", path.display());
+        expected.push((path.display().to_string(), name));
+    }
+    let said = command(line);
+    let lines: Vec<&str> = said.lines().collect();
+    assert_eq!(lines.len(), 3 * expected.len(), "{said}");
+    for (lines, (path, name)) in lines.chunks(3).zip(&expected) {
+        assert_eq!(lines[0], path);
+        assert!(lines[1].ends_with(&format!(" %  {name}")), "{said}");
+        let percent = |line: &str| {
+            line.split('%')
+                .next()
+                .unwrap()
+                .trim()
+                .parse::<f64>()
+                .unwrap()
+        };
+        let [first, second] = [percent(lines[1]), percent(lines[2])];
+        assert!(
+            first >= second && (first + second - 100.0).abs() < 0.02,
+            "{said}"
+        );
+    }
+}
+
+/// `--run` takes the best checkpoint; exporting and importing keeps what it says of the digits.
+#[test]
+fn an_exported_model_comes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    train_tiny(&dir.path().join("run"), &[], "");
+    command(format!(
+        "export --run {} --output {}",
+        path("run"),
+        path("a.safetensors")
+    ));
+    // A run's own settings are those that its weights need.
+    let settings = format!("{}/config.toml --set model.num_classes=10", path("run"));
+    let again = path("again");
+    let said = command(format!(
+        "import {} --config {settings} --output {again}",
+        path("a.safetensors")
+    ));
+    assert!(
+        said.contains(&format!("swin-moe eval --run {again}")),
+        "{said}"
+    );
+    command(format!(
+        "export --run {again} --output {}",
+        path("b.safetensors")
+    ));
+    let [a, b] = ["a.safetensors", "b.safetensors"].map(|name| fs::read(path(name)).unwrap());
+    assert!(a == b, "the files differ");
+    let eval = |run: &str| command(format!("eval --run {run}"));
+    assert_eq!(eval(&path("run")), eval(&again));
+
+    // An imported model can be trained further.
+    let resumed = command(format!("train --resume {again} --max-steps 2"));
+    assert!(resumed.contains("stopped at step 2"), "{resumed}");
+}
+
+#[test]
+fn the_published_checkpoint_is_imported() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("published.toml");
+    fs::write(&config, TOP1_LINEAR).unwrap();
+    let [output, exported] = ["run", "weights.safetensors"].map(|name| dir.path().join(name));
+    let pth = fixture("top1_linear/checkpoint.pth");
+    let [pth, config] = [pth, config].map(|path| path.display().to_string());
+    let import = |output: &Path, more: &str| {
+        let output = output.display();
+        words(&format!(
+            "import {pth} --config {config} --output {output} {more}"
+        ))
+    };
+    succeed(&import(&output, ""));
+    let exported_path = exported.display();
+    command(format!(
+        "export --run {} --output {exported_path}",
+        output.display()
+    ));
+    // The exported weights take the checkpoint's place in the reference case.
+    let case = dir.path().join("case");
+    fs::create_dir(&case).unwrap();
+    for name in ["config.json", "io.safetensors"] {
+        fs::copy(fixture("top1_linear").join(name), case.join(name)).unwrap();
+    }
+    fs::copy(&exported, case.join("weights.safetensors")).unwrap();
+    let said = command(format!("parity {}", case.display()));
+    assert!(said.contains("passed: largest relative error"), "{said}");
+
+    // What does not fit is listed, and kept out if the user wishes so.
+    let partial = dir.path().join("partial");
+    let wider = "--set model.num_classes=11";
+    assert_ne!(run(&import(&partial, wider)).status, Some(0));
+    let said = succeed(&import(&partial, &format!("{wider} --allow-partial")));
+    assert!(said.stdout.contains("head.weight"), "{}", said.stdout);
+}
+
+#[test]
+fn parity_passes_on_both_cases_and_fails_when_asked_for_too_much() {
+    let cases = ["top1_linear", "top2_cosine"].map(|case| fixture(case).display().to_string());
+    let line = format!("parity {}", cases.join(" "));
+    let said = command(line.clone());
+    assert_eq!(said.matches("passed: ").count(), 2, "{said}");
+    let said = run(&words(&format!("{line} --tolerance 1e-12")));
+    assert_eq!(said.status, Some(1));
+    assert!(said.stdout.contains("FAILED"), "{}", said.stdout);
+}
+
+/// The last line but the memory's: name, parameters, …
+fn total(info: &str) -> Vec<String> {
+    let line = info.lines().find(|line| line.starts_with("total")).unwrap();
+    words(line)
+}
+
+#[test]
+fn info_counts_what_a_checkpoint_holds() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    train_tiny(&run, &["moe.shared_d_ff=5"], "--max-steps 1");
+    let info = command(format!("info --run {}", run.display()));
+    for layer in [
+        "patch_embed",
+        "layers.1.blocks.0.attn",
+        "mlp (experts)",
+        "norm, head",
+    ] {
+        assert!(info.contains(layer), "{layer}: {info}");
+    }
+    assert!(
+        info.contains("training memory, f32, batch of 240"),
+        "{info}"
+    );
+
+    let checkpoint = run.join("checkpoints/last.safetensors");
+    let bytes = fs::read(&checkpoint).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let elements: usize = file
+        .iter()
+        .filter(|(name, _)| name.starts_with("model."))
+        .map(|(_, view)| view.shape().iter().product::<usize>())
+        .sum();
+    let total = total(&info);
+    assert_eq!(total[2], "k", "{info}");
+    let thousands: f64 = total[1].parse().unwrap();
+    assert!(
+        (thousands - elements as f64 / 1e3).abs() <= 0.005,
+        "{elements}: {info}"
+    );
+
+    // The same from the file and from the settings.
+    let from_file = command(format!("info --checkpoint {}", checkpoint.display()));
+    assert_eq!(from_file, info);
+    let mut arguments = words("info");
+    arguments.extend(sets(&crate::harness::TINY));
+    arguments.extend(sets(&["moe.shared_d_ff=5"]));
+    assert_eq!(succeed(&arguments).stdout, info);
+}
+
+/// The shared expert has the width that was asked for, not the MLPs'.
+#[test]
+fn the_shared_expert_has_its_own_width() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    train_tiny(&run, &["moe.shared_d_ff=5"], "--max-steps 1");
+    let exported = dir.path().join("weights.safetensors");
+    command(format!(
+        "export --run {} --output {}",
+        run.display(),
+        exported.display()
+    ));
+    let bytes = fs::read(&exported).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    for (stage, dim) in [(0, 8), (1, 16)] {
+        let layer = format!("layers.{stage}.blocks.0.mlp._moe_layer");
+        let shape = |name: &str| {
+            file.tensor(&format!("{layer}.{name}"))
+                .unwrap()
+                .shape()
+                .to_vec()
+        };
+        assert_eq!(shape("shared.batched_fc1_w"), [1, 5, dim]);
+        assert_eq!(shape("shared.batched_fc2_w"), [1, 5, dim]);
+        assert_eq!(shape("experts.batched_fc1_w"), [3, 2 * dim, dim]);
+    }
+}
+
+#[test]
+fn info_describes_the_published_model() {
+    let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/swin-moe-small.toml");
+    let config = config.display();
+    let info = command(format!(
+        "info --config {config} --set model.num_classes=21841"
+    ));
+    assert_eq!(total(&info)[2], "M", "{info}");
+}

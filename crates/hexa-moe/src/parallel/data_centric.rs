@@ -22,6 +22,9 @@ use super::host;
 use super::shard::{ExpertShards, HostExperts};
 use crate::error::Result;
 
+/// Output, and what the backward pass needs.
+type Forward<B> = (FloatTensor<B>, Saved<FloatTensor<B>, IntTensor<B>>);
+
 /// What the backward pass needs.
 #[derive(Debug, Clone)]
 pub struct Saved<F, I> {
@@ -90,7 +93,7 @@ pub fn forward<B: ExpertKernels>(
     parallel: &ExpertParallel,
     inputs: FfnInputs<FloatTensor<B>, IntTensor<B>>,
     differentiate: bool,
-) -> Result<(FloatTensor<B>, Saved<FloatTensor<B>, IntTensor<B>>)> {
+) -> Result<Forward<B>> {
     let cache = parallel.context.cache();
     let bytes = parallel.shards.whole_bytes();
     let own = inputs.weights;

@@ -17,6 +17,9 @@ use super::context::ExpertParallel;
 use super::host;
 use crate::error::Result;
 
+/// Output, and what the backward pass needs.
+type Forward<B> = (FloatTensor<B>, Saved<FloatTensor<B>, IntTensor<B>>);
+
 /// What the backward pass needs.
 #[derive(Debug, Clone)]
 pub struct Saved<F, I> {
@@ -85,7 +88,7 @@ pub fn forward<B: ExpertKernels>(
     parallel: &ExpertParallel,
     tokens_per_rank: &[usize],
     inputs: FfnInputs<FloatTensor<B>, IntTensor<B>>,
-) -> Result<(FloatTensor<B>, Saved<FloatTensor<B>, IntTensor<B>>)> {
+) -> Result<Forward<B>> {
     let rank = parallel.context.rank();
     let (device, dtype) = (B::float_device(&inputs.x), inputs.x.dtype());
     let d_model = parallel.shards.d_model;

@@ -43,6 +43,10 @@ pub trait FfnExecutor: Clone + Debug + Send + 'static {
     ///
     /// # Errors
     /// The executor's.
+    #[allow(
+        clippy::type_complexity,
+        reason = "a result of two parts, which an alias over associated types would hide"
+    )]
     fn forward<B: ExpertKernels>(
         &self,
         inputs: FfnInputs<FloatTensor<B>, IntTensor<B>>,

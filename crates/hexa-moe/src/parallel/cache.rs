@@ -54,7 +54,7 @@ struct State {
     peak_bytes: usize,
 }
 
-/// Where gathered weights are; see the [module](self).
+/// Where gathered weights are; see the module's description.
 pub struct GatherCache {
     shared: bool,
     state: Mutex<State>,

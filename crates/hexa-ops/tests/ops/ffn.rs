@@ -248,7 +248,10 @@ fn half_precision_of_aligned_widths<B: TrainingBackend>() {
             if case.activation == Activation::Relu && case.routing.tokens * case.d_ff < 5000 {
                 return Err(TestCaseError::reject("too few elements for a norm"));
             }
-            half_precision_case::<B>(&case, dtype, 1e-2)
+            // The roundings of few tokens do not average out: the pre-activation's alone can shift
+            // one number by some units in the last place.
+            let allowed = if case.routing.tokens < 32 { 3e-2 } else { 1e-2 };
+            half_precision_case::<B>(&case, dtype, allowed)
         });
     }
 }

@@ -230,27 +230,26 @@ fn half_precision_of_aligned_widths<B: TrainingBackend>() {
             continue;
         }
         let widths = || prop::sample::select(vec![8_usize, 16, 24, 64, 72, 136, 200, 264]);
-        let cases =
-            (ffn_case(most_half_tokens()), widths(), widths()).prop_map(|(case, d_model, d_ff)| {
-                FfnCase {
-                    d_model,
-                    d_ff,
-                    dropout: if case.dropout > 0.4 {
-                        case.dropout
-                    } else {
-                        0.0
-                    },
-                    ..case
+        let cases = (ffn_case(most_half_tokens()), widths(), widths()).prop_map(
+            |(mut case, d_model, d_ff)| {
+                // The roundings of few numbers, one token's gate gradient for one, may all add up.
+                case.routing.tokens = case.routing.tokens.max(32);
+                case.d_model = d_model;
+                case.d_ff = d_ff;
+                if case.dropout < 0.4 {
+                    case.dropout = 0.0;
                 }
-            });
+                case
+            },
+        );
         check(fewer(HALF_CASES), cases, |case| {
             // ReLU's slope at a pre-activation that rounds to zero is a matter of luck.
             if case.activation == Activation::Relu && case.routing.tokens * case.d_ff < 5000 {
                 return Err(TestCaseError::reject("too few elements for a norm"));
             }
-            // The roundings of few tokens do not average out: the pre-activation's alone can shift
-            // one number by some units in the last place.
-            let allowed = if case.routing.tokens < 32 { 3e-2 } else { 1e-2 };
+            // Back-ends that round after each operation err more than those that sum in f32.
+            let on_cuda = TestBackend::selected().is_ok_and(|b| b == TestBackend::Cuda);
+            let allowed = if on_cuda { 1e-2 } else { 3e-2 };
             half_precision_case::<B>(&case, dtype, allowed)
         });
     }

@@ -20,8 +20,8 @@ pub use raw::{
     RawTrain,
 };
 pub use types::{
-    AugmentConfig, AuxLoss, CheckpointConfig, Config, DataConfig, DataSource, ModelConfig,
-    MoeSettings, ParallelConfig, Precision, RouterKind, TrainConfig,
+    AugmentConfig, AuxLoss, CheckpointConfig, Config, DataConfig, DataSource, Engine, Mode,
+    ModelConfig, MoeSettings, ParallelConfig, Precision, RouterKind, TrainConfig,
 };
 
 use document::Document;

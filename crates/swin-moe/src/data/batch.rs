@@ -25,7 +25,7 @@ impl Batch {
         self.labels.len()
     }
 
-    /// Whether there is no image. The loader never delivers such a batch.
+    /// Whether there is no image. The loader delivers such a batch only as a rank's part.
     pub fn is_empty(&self) -> bool {
         self.labels.is_empty()
     }

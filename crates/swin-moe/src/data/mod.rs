@@ -22,5 +22,5 @@ mod transform;
 pub use batch::Batch;
 pub use dataset::{CorruptFile, Dataset, Split, load_image_file};
 pub use error::DataError;
-pub use loader::{Loader, LoaderConfig, num_batches};
+pub use loader::{BatchPart, Loader, LoaderConfig, num_batches};
 pub use pixels::Pixels;

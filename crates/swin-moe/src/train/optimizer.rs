@@ -60,7 +60,22 @@ pub struct AdamW<B: AutodiffBackend> {
 impl<B: AutodiffBackend> AdamW<B> {
     /// An optimizer for the trained parameters of `model`, with zero moments.
     pub fn new<M: Module<B>>(config: AdamWConfig, model: &M) -> Self {
-        let mut collector = Collector::<B>::default();
+        Self::of_slices(config, model, &|_| false)
+    }
+
+    /// An optimizer for a rank's parameters, of which `is_slice` names those that are slices; the
+    /// others are on all ranks.
+    pub fn of_slices<M: Module<B>>(
+        config: AdamWConfig,
+        model: &M,
+        is_slice: &dyn Fn(&str) -> bool,
+    ) -> Self {
+        let mut collector = Collector::<B> {
+            path: ModulePath::default(),
+            is_slice,
+            slots: Vec::new(),
+            values: Vec::new(),
+        };
         model.visit(&mut collector);
         let layout = Layout::plan(collector.slots);
         let buckets = layout.pack(collector.values, Bucket::new);
@@ -81,25 +96,54 @@ impl<B: AutodiffBackend> AdamW<B> {
     pub fn step<M: Module<B>>(
         &mut self,
         model: M,
-        mut gradients: B::Gradients,
+        gradients: B::Gradients,
         lr: f64,
     ) -> Result<(M, Tensor<B::InnerBackend, 1>)> {
+        let grads = self.take_gradients(&model, gradients, false)?;
+        let norm = global_norm(&grads);
+        Ok((self.update(model, grads, norm.clone(), lr), norm))
+    }
+
+    /// The gradients of the trained parameters, one tensor per bucket.
+    ///
+    /// # Errors
+    /// [`TrainError::NoGradient`] if a trained parameter has none and `zeros` does not replace it.
+    pub(super) fn take_gradients<M: Module<B>>(
+        &self,
+        model: &M,
+        mut gradients: B::Gradients,
+        zeros: bool,
+    ) -> Result<Vec<Tensor<B::InnerBackend, 1>>> {
         let mut taker = GradientTaker::<B> {
             path: ModulePath::default(),
             gradients: &mut gradients,
             taken: Vec::with_capacity(self.layout.num_slots()),
+            zeros,
             without: None,
         };
         model.visit(&mut taker);
         if let Some(name) = taker.without {
             return Err(TrainError::NoGradient { name });
         }
-        let grads = self.layout.pack(taker.taken, |flat, _| flat);
-        let norm = global_norm(&grads);
+        Ok(self.layout.pack(taker.taken, |flat, _| flat))
+    }
+
+    /// Whether each bucket is of slices.
+    pub(super) fn sliced_buckets(&self) -> &[bool] {
+        self.layout.sliced_buckets()
+    }
+
+    /// Updates all parameters with gradients of this norm, `[1]`.
+    pub(super) fn update<M: Module<B>>(
+        &mut self,
+        model: M,
+        grads: Vec<Tensor<B::InnerBackend, 1>>,
+        norm: Tensor<B::InnerBackend, 1>,
+        lr: f64,
+    ) -> M {
         let scale = (self.config.clip_grad_norm > 0.0).then(|| {
             // PyTorch's clip_grad_norm_: max / (norm + 1e-6), at most 1.
-            norm.clone()
-                .add_scalar(1e-6)
+            norm.add_scalar(1e-6)
                 .recip()
                 .mul_scalar(self.config.clip_grad_norm)
                 .clamp_max(1.0)
@@ -119,7 +163,7 @@ impl<B: AutodiffBackend> AdamW<B> {
         let mut placer = Placer {
             flat: self.layout.slices(&self.buckets).into_iter(),
         };
-        Ok((model.map(&mut placer), norm))
+        model.map(&mut placer)
     }
 
     /// The moments by parameter name, and the number of steps, for a checkpoint.
@@ -195,25 +239,22 @@ fn global_norm<B: burn::tensor::backend::Backend>(grads: &[Tensor<B, 1>]) -> Ten
 pub(super) struct NamedShape {
     pub name: String,
     pub shape: Vec<usize>,
+    pub is_slice: bool,
 }
 
-struct Collector<B: AutodiffBackend> {
+/// Whether the optimizer has the parameter: if it is trained, and not an empty slice.
+fn takes_part<B: AutodiffBackend, const D: usize>(value: &Tensor<B, D>) -> bool {
+    value.is_require_grad() && value.shape().num_elements() > 0
+}
+
+struct Collector<'a, B: AutodiffBackend> {
     path: ModulePath,
+    is_slice: &'a dyn Fn(&str) -> bool,
     slots: Vec<NamedShape>,
     values: Vec<Tensor<B::InnerBackend, 1>>,
 }
 
-impl<B: AutodiffBackend> Default for Collector<B> {
-    fn default() -> Self {
-        Collector {
-            path: ModulePath::default(),
-            slots: Vec::new(),
-            values: Vec::new(),
-        }
-    }
-}
-
-impl<B: AutodiffBackend> ModuleVisitor<B> for Collector<B> {
+impl<B: AutodiffBackend> ModuleVisitor<B> for Collector<'_, B> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.enter(name);
     }
@@ -224,9 +265,11 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for Collector<B> {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         let value = param.val();
-        if value.is_require_grad() {
+        if takes_part(&value) {
+            let name = self.path.name();
             self.slots.push(NamedShape {
-                name: self.path.name(),
+                is_slice: (self.is_slice)(&name),
+                name,
                 shape: value.dims().to_vec(),
             });
             self.values.push(flatten(value.inner()));
@@ -238,6 +281,7 @@ struct GradientTaker<'a, B: AutodiffBackend> {
     path: ModulePath,
     gradients: &'a mut B::Gradients,
     taken: Vec<Tensor<B::InnerBackend, 1>>,
+    zeros: bool,
     without: Option<String>,
 }
 
@@ -252,11 +296,15 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for GradientTaker<'_, B> {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         let value = param.val();
-        if !value.is_require_grad() {
+        if !takes_part(&value) {
             return;
         }
         match value.grad_remove(self.gradients) {
             Some(gradient) => self.taken.push(flatten(gradient)),
+            None if self.zeros => {
+                let len = value.shape().num_elements();
+                self.taken.push(Tensor::zeros([len], &value.device()));
+            }
             None => self.without = Some(self.path.name()),
         }
     }
@@ -273,7 +321,7 @@ where
 {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
         let (id, old, mapper) = param.consume();
-        let value = match old.is_require_grad().then(|| self.flat.next()).flatten() {
+        let value = match takes_part(&old).then(|| self.flat.next()).flatten() {
             Some(flat) => Tensor::from_inner(flat.reshape(old.shape())).require_grad(),
             None => old,
         };

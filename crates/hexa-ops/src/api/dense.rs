@@ -111,3 +111,19 @@ pub fn linear<B: ExpertOps>(
         None => y,
     })
 }
+
+/// `x · Φ(x)` of every element, Φ with the error function; differentiable, computed in f32 (f64 for
+/// f64 tensors) and rounded once.
+///
+/// Burn's own has the derivative of the tanh approximation.
+///
+/// # Shapes
+/// `x` and result: any, float
+///
+/// # Errors
+/// [`OpsError::DType`] for quantised tensors.
+pub fn gelu<B: ExpertOps, const D: usize>(x: Tensor<B, D>) -> Result<Tensor<B, D>> {
+    check::float_dtype("gelu", "x", &x)?;
+    let y = B::gelu(x.into_primitive().tensor());
+    Ok(Tensor::from_primitive(TensorPrimitive::Float(y)))
+}

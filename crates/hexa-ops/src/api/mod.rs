@@ -6,7 +6,7 @@ mod ffn;
 mod index;
 mod operators;
 
-pub use dense::{linear, matmul, matmul_to_f32};
+pub use dense::{gelu, linear, matmul, matmul_to_f32};
 pub use ffn::{ExpertParams, expert_ffn};
 pub use index::{ExpertIndex, Gating, topk_gating};
 pub use operators::{EsmmOptions, esmm, ess, estmm};

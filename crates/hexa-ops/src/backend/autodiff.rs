@@ -16,7 +16,7 @@ use burn_autodiff::{Autodiff, NodeId};
 
 use super::{
     EsmmArgs, ExpertKernels, ExpertOps, FfnBackwardArgs, FfnExecutor, FfnInputs, FfnNeeds,
-    FfnWeights, RawExpertIndex, RawGating, dense, executor,
+    FfnWeights, RawExpertIndex, RawGating, dense, executor, gelu,
 };
 use crate::types::{FfnOptions, MatmulPrecision, RowOrder};
 
@@ -506,6 +506,10 @@ impl<B: ExpertKernels, C: CheckpointStrategy> ExpertOps for Autodiff<B, C> {
         out: FloatDType,
     ) -> FloatTensor<Self> {
         dense::differentiable::<B, C>(lhs, rhs, precision, out)
+    }
+
+    fn gelu(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        gelu::differentiable::<B, C>(x)
     }
 
     fn supports_precision(device: &Self::Device, precision: MatmulPrecision) -> bool {

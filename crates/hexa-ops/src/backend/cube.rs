@@ -13,7 +13,7 @@ use super::{
 #[cfg(feature = "cuda")]
 use super::{FfnBackwardArgs, FfnForward, FfnGrads, FfnWeights};
 use crate::ops::tile::plan::TILE_ROWS;
-use crate::ops::{activation, combine, dense, esmm, ess, estmm, gating, index};
+use crate::ops::{activation, combine, dense, esmm, ess, estmm, gating, gelu, index};
 #[cfg(feature = "cuda")]
 use crate::ops::{ffn, hopper};
 use crate::types::{FfnOptions, MatmulPrecision, RowOrder};
@@ -173,6 +173,14 @@ where
         out: FloatDType,
     ) -> CubeTensor<R> {
         dense::launch::dense_matmul(lhs, rhs, precision, out.into())
+    }
+
+    fn gelu(x: CubeTensor<R>) -> CubeTensor<R> {
+        gelu::launch::gelu(x)
+    }
+
+    fn gelu_backward(x: CubeTensor<R>, grad: CubeTensor<R>) -> CubeTensor<R> {
+        gelu::launch::gelu_backward(x, grad)
     }
 
     fn supports_precision(device: &Self::Device, precision: MatmulPrecision) -> bool {

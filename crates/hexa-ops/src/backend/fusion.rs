@@ -558,6 +558,20 @@ impl<B: FusionBackend + ExpertKernels> ExpertKernels for Fusion<B> {
         .output()
     }
 
+    fn gelu(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        let shape = x.shape.clone();
+        register_float::<B, _>("hexa_gelu", vec![x], shape, |inputs| {
+            <B as ExpertKernels>::gelu(inputs.float())
+        })
+    }
+
+    fn gelu_backward(x: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        let shape = x.shape.clone();
+        register_float::<B, _>("hexa_gelu_backward", vec![x, grad], shape, |inputs| {
+            B::gelu_backward(inputs.float(), inputs.float())
+        })
+    }
+
     fn supports_precision(device: &Self::Device, precision: MatmulPrecision) -> bool {
         <B as ExpertKernels>::supports_precision(device, precision)
     }

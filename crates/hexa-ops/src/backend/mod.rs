@@ -13,6 +13,7 @@ mod executor;
 mod flex;
 #[cfg(feature = "fusion")]
 mod fusion;
+mod gelu;
 mod ops;
 
 pub use executor::{FfnExecutor, FfnInputs};
@@ -304,6 +305,12 @@ pub trait ExpertKernels: Backend {
         precision: MatmulPrecision,
         out: FloatDType,
     ) -> FloatTensor<Self>;
+
+    /// `x · Φ(x)` of every element, Φ with the error function; computed in f32 (f64 for f64).
+    fn gelu(x: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// `grad · gelu'(x)`, in the type of `x`, which is that of `grad`.
+    fn gelu_backward(x: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self>;
 
     /// Whether the device computes products in this arithmetic.
     ///

@@ -80,6 +80,9 @@ pub trait ExpertOps: Backend {
         out: FloatDType,
     ) -> FloatTensor<Self>;
 
+    /// See [`ExpertKernels::gelu`]; differentiable.
+    fn gelu(x: FloatTensor<Self>) -> FloatTensor<Self>;
+
     /// See [`ExpertKernels::supports_precision`].
     fn supports_precision(device: &Self::Device, precision: MatmulPrecision) -> bool;
 }
@@ -152,6 +155,10 @@ impl<B: ExpertKernels> ExpertOps for B {
     ) -> FloatTensor<Self> {
         let (lhs, rhs) = dense::operands::<B>(lhs, rhs, precision);
         <B as ExpertKernels>::dense_matmul(lhs, rhs, precision, out)
+    }
+
+    fn gelu(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        <B as ExpertKernels>::gelu(x)
     }
 
     fn supports_precision(device: &Self::Device, precision: MatmulPrecision) -> bool {

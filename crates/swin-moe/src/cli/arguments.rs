@@ -84,6 +84,9 @@ pub(super) struct Eval {
     /// Arithmetic: f32, tf32 or bf16; the run's own without it.
     #[arg(long)]
     pub(super) precision: Option<Precision>,
+    /// Show every class, rather than the least accurate ones.
+    #[arg(long)]
+    pub(super) per_class: bool,
     /// Where to compute: cpu, wgpu or cuda, of those compiled in.
     #[arg(long, default_value_t = BackendKind::Cpu)]
     pub(super) backend: BackendKind,

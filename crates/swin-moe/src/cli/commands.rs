@@ -12,7 +12,7 @@ use crate::config::{Config, DataSource, Precision};
 use crate::info::ModelInfo;
 use crate::parity::{ParityError, ParityReport, run_parity};
 use crate::settings::model_config;
-use crate::train::metrics::LayerLoad;
+use crate::train::metrics::{LayerLoad, WORST_CLASSES};
 use crate::train::run_dir::{RunDir, default_output};
 use crate::train::{
     Control, DeviceFaults, End, ImportRequest, Outcome, ResumeRequest, StopFlag, TestImages,
@@ -150,6 +150,7 @@ fn load_if_given(run: Option<PathBuf>, checkpoint: Option<PathBuf>) -> Result<Op
 
 pub(super) fn eval(arguments: arguments::Eval, faults: DeviceFaults) -> Result<Done> {
     let trained = load(arguments.model, arguments.precision, faults)?;
+    let class_names = trained.state().class_names.clone();
     let result = trained.evaluate(arguments.backend, arguments.data)?;
     let tally = &result.tally;
     println!("experts' share of the test tokens, by layer:");
@@ -161,6 +162,22 @@ pub(super) fn eval(arguments: arguments::Eval, faults: DeviceFaults) -> Result<D
         tally.top5_percent(),
         tally.mean_loss()
     );
+    let scores = result.confusion.scores(&class_names);
+    let shown = if arguments.per_class {
+        scores.len()
+    } else {
+        WORST_CLASSES.min(scores.len())
+    };
+    println!("least accurate classes, {shown} of {}:", scores.len());
+    for score in &scores[..shown] {
+        println!(
+            "  {:6.2} % of {:5}  {}; mistaken for: {}",
+            score.top1,
+            score.images,
+            score.class,
+            score.mistakes()
+        );
+    }
     Ok(Done::Success)
 }
 

@@ -143,6 +143,44 @@ impl fmt::Display for RandAugmentConfig {
     }
 }
 
+impl AugmentConfig {
+    /// What training images go through, in words, in order.
+    pub fn summary(&self) -> String {
+        let mut parts = Vec::new();
+        if self.random_resized_crop {
+            parts.push("random resized crop".to_owned());
+        } else if self.random_crop_padding > 0 {
+            parts.push(format!(
+                "random crop of {} pixels",
+                self.random_crop_padding
+            ));
+        }
+        if self.flip {
+            parts.push("flip".to_owned());
+        }
+        match (&self.rand_augment, self.color_jitter > 0.0) {
+            (Some(config), true) => parts.push(format!(
+                "RandAugment {config} (colour jitter is left out beside it)"
+            )),
+            (Some(config), false) => parts.push(format!("RandAugment {config}")),
+            (None, true) => parts.push(format!("colour jitter {}", self.color_jitter)),
+            (None, false) => {}
+        }
+        if self.random_erasing > 0.0 {
+            parts.push(format!("random erasing {}", self.random_erasing));
+        }
+        for (name, alpha) in [("mixup", self.mix.mixup), ("CutMix", self.mix.cutmix)] {
+            if alpha > 0.0 && self.mix.probability > 0.0 {
+                parts.push(format!("{name} {alpha}"));
+            }
+        }
+        if parts.is_empty() {
+            parts.push("none".to_owned());
+        }
+        parts.join(", ")
+    }
+}
+
 fn check_interval(key: &str, ends: [f64; 2], min: f64, max: f64) -> Result<()> {
     let [low, high] = ends;
     if min <= low && low <= high && high <= max {

@@ -12,7 +12,7 @@ use super::error::{Result, TrainError};
 use super::evaluate::evaluate;
 use super::images::Images;
 use super::loss::cross_entropy;
-use super::metrics::{EvalRecord, LayerLoad, MetricsWriter, Record, StepRecord};
+use super::metrics::{EvalRecord, LayerLoad, MetricsWriter, Record, StepRecord, WORST_CLASSES};
 use super::optimizer::{AdamW, FlatGradients};
 use super::params::read_params;
 use super::progress::Progress;
@@ -337,6 +337,8 @@ impl<B: TrainingBackend> Session<'_, B> {
             self.device,
         )?;
         self.check_device()?;
+        let mut worst_classes = result.confusion.scores(self.images.class_names());
+        worst_classes.truncate(WORST_CLASSES);
         let record = EvalRecord {
             step: self.place.step,
             epoch,
@@ -347,6 +349,7 @@ impl<B: TrainingBackend> Session<'_, B> {
             train_ce_loss: ce_sum / batches,
             train_aux_loss: aux_sum / batches,
             layers: result.loads.loads(),
+            worst_classes,
         };
         self.progress.eval(&record);
         self.metrics.append(&Record::Eval(record.clone()))?;

@@ -298,6 +298,7 @@ fn facts(parts: &Parts, schedule: &Schedule) -> Facts {
             ),
             line("steps", schedule.total_steps.to_string()),
             line("batch size", config.train.batch_size.to_string()),
+            line("augmentation", config.augment.summary()),
             line(
                 "experts",
                 format!("{}, top {}", config.moe.num_experts, config.moe.top_k),

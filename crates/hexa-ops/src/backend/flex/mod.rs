@@ -142,6 +142,14 @@ impl ExpertKernels for Flex {
         }
     }
 
+    fn gelu(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        with_accumulator!(x, activation::gelu, &x)
+    }
+
+    fn gelu_backward(x: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        with_accumulator!(x, activation::gelu_backward, &x, &grad)
+    }
+
     fn supports_precision(
         _device: &<Self as burn::tensor::backend::BackendTypes>::Device,
         precision: MatmulPrecision,

@@ -10,6 +10,8 @@ mod jitter;
 mod mix;
 mod ops;
 mod rand_augment;
+#[cfg(test)]
+mod tests;
 
 pub(super) use erase::RandomErasing;
 pub(super) use jitter::ColorJitter;

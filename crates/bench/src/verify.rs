@@ -20,10 +20,10 @@ fn tolerance(dtype: DType) -> f64 {
 const TOKENS: usize = 67;
 
 /// Multiplications of one of the six products that the oracle may take.
-const WORK: usize = 1 << 28;
+const WORK: usize = 1 << 26;
 
 /// Elements of one weight stack that are compared at most: they are held in f64.
-const ELEMENTS: usize = 1 << 27;
+const ELEMENTS: usize = 1 << 25;
 
 /// The case with its widths, and as many tokens and experts as the oracle can do.
 fn reduced(shape: Shape) -> Shape {

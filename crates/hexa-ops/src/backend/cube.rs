@@ -1,5 +1,7 @@
 //! The kernels on every CubeCL runtime, without fusion.
 
+use burn::tensor::backend::Backend;
+use burn::tensor::{DType, FloatDType};
 use burn_backend::DeviceOps;
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement};
@@ -168,7 +170,17 @@ where
         lhs: CubeTensor<R>,
         rhs: CubeTensor<R>,
         precision: MatmulPrecision,
+        out: FloatDType,
     ) -> CubeTensor<R> {
-        dense::launch::dense_matmul(lhs, rhs, precision)
+        dense::launch::dense_matmul(lhs, rhs, precision, out.into())
+    }
+
+    fn supports_precision(device: &Self::Device, precision: MatmulPrecision) -> bool {
+        match precision {
+            MatmulPrecision::Strict => true,
+            MatmulPrecision::Tf32 => dense::launch::has_tf32(&R::client(device)),
+            MatmulPrecision::Bf16 => Self::supports_dtype(device, DType::BF16),
+            MatmulPrecision::F16 => Self::supports_dtype(device, DType::F16),
+        }
     }
 }

@@ -39,12 +39,14 @@ impl<B: ExpertOps> Mlp<B> {
     }
 
     /// # Shapes
-    /// `x` and result: `[tokens, dim]`
+    /// `x` and result: `[tokens, dim]`; the activation is computed in the type of `x`, the result
+    /// is of [`Linear::forward`]'s
     ///
     /// # Errors
     /// If the number of channels is another.
     pub fn forward(&self, x: Tensor<B, 2>) -> Result<Tensor<B, 2>> {
-        self.fc2.forward(gelu(self.fc1.forward(x)?))
+        let dtype = x.dtype();
+        self.fc2.forward(gelu(self.fc1.forward(x)?.cast(dtype)))
     }
 }
 

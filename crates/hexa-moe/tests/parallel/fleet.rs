@@ -289,7 +289,8 @@ fn few_tokens_move_themselves_and_many_have_weights_move() {
 fn what_does_not_fit_is_not_chosen() {
     let shapes = [shape(64, 1024)];
     let mut fleet = fleet(&shapes, &[1e9, 1e9], 1e9);
-    // So many tokens that weights would move, so much weight that only slices fit.
+    // Links so slow with tokens that weights would move, so much weight that only slices fit.
+    fleet.links.gather_tokens.latency_s = 0.1;
     let work = workload(&shapes, &[40], 16);
     let free = choose(&fleet, &work).unwrap();
     assert_eq!(free.plan.layers[0].mode, Mode::DataCentric);

@@ -57,13 +57,14 @@ pub struct Arguments {
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=1000))]
     steps: u32,
     /// Seconds for each measurement of the calibration.
-    #[arg(long, default_value_t = 0.1)]
+    #[arg(long, default_value_t = 0.2)]
     calibrate_s: f64,
     /// Folder for report.json, report.md and plots.
     #[arg(long, default_value = "parallel-report")]
     output: PathBuf,
 }
 
+/// How ranks communicate.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Engine {
     /// Threads of this process.
@@ -72,6 +73,7 @@ pub enum Engine {
     Mpi,
 }
 
+/// What is measured.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Part {
     /// Calibrated against uniform shares.

@@ -178,7 +178,10 @@ pub fn tokens(samples: usize, d_model: usize) -> Tensor<B, 2> {
     Tensor::random(shape, Distribution::Normal(0.0, 1.0), &Default::default())
 }
 
-/// The whole net on one rank, for calibration.
+/// Hidden units of the experts where all else is measured.
+const NARROW: usize = 8;
+
+/// The net with narrow experts on one rank, for calibration.
 pub struct OneRank {
     net: Net<B>,
     d_model: usize,
@@ -189,7 +192,10 @@ impl OneRank {
     /// A net of its own.
     pub fn new(shape: NetShape) -> Result<Self> {
         Ok(Self {
-            net: Net::new(shape)?,
+            net: Net::new(NetShape {
+                d_ff: NARROW,
+                ..shape
+            })?,
             d_model: shape.d_model,
             x: None,
         })
@@ -197,6 +203,10 @@ impl OneRank {
 }
 
 impl MeasuredStep for OneRank {
+    fn expert_units(&self) -> usize {
+        NARROW
+    }
+
     fn forward_backward(&mut self, samples: usize) -> Result<(), String> {
         let x = match self.x.take() {
             Some(x) if x.dims()[0] == samples * TOKENS_PER_SAMPLE => x,

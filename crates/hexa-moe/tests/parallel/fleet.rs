@@ -410,6 +410,10 @@ struct OneLayer {
 }
 
 impl MeasuredStep for OneLayer {
+    fn expert_units(&self) -> usize {
+        24
+    }
+
     fn forward_backward(&mut self, samples: usize) -> Result<(), String> {
         let shape = [samples, self.layer.d_model];
         let x = Tensor::<_, 2>::ones(shape, &Default::default());

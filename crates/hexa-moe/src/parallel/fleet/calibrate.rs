@@ -15,7 +15,7 @@ use super::super::split::split_proportional;
 use super::error::{FleetError, Result};
 use super::file::{FLEET_VERSION, FfnCost, Fleet, LinkCost, Links, RankProfile, StepCost};
 use super::fit::non_negative;
-use super::probe::{LinkProbe, LinkSeconds, median, timed};
+use super::probe::{LinkProbe, LinkSeconds, timed};
 use super::shape::{FfnShape, Workload};
 use super::shares::width_multiple;
 use crate::error::MoeError;
@@ -40,8 +40,12 @@ pub struct Calibration<'a> {
     pub engine: String,
 }
 
-/// A whole model on one rank, to be measured.
+/// A whole model on one rank, to be measured. Its experts are narrow, so that what is measured is
+/// nearly all the rest: a difference of two long times would be noise.
 pub trait MeasuredStep {
+    /// Hidden units of its experts.
+    fn expert_units(&self) -> usize;
+
     /// Forward and backward pass of this many samples, until the device is done.
     ///
     /// # Errors
@@ -103,7 +107,10 @@ pub fn calibrate<B: TrainingBackend>(
     })
 }
 
-/// Median seconds of `work`, begun by all ranks together and repeated for the same time by all.
+/// Mean seconds of `work`, begun by all ranks together and repeated for the same time by all.
+///
+/// The mean, because a rank may have its cores for some of the time only, in slices that are longer
+/// than the work.
 fn measure(
     context: &ParallelContext,
     seconds: f64,
@@ -116,13 +123,12 @@ fn measure(
         .map_err(MoeError::from)?;
     let budget = Duration::from_secs_f64(seconds);
     let begin = Instant::now();
-    let mut times = Vec::new();
-    while times.len() < 3 || begin.elapsed() < budget {
-        let start = Instant::now();
+    let mut repetitions = 0;
+    while repetitions < 3 || begin.elapsed() < budget {
         work()?;
-        times.push(start.elapsed().as_secs_f64());
+        repetitions += 1;
     }
-    Ok(median(&mut times))
+    Ok(begin.elapsed().as_secs_f64() / f64::from(repetitions))
 }
 
 /// Measures forward and backward pass of the real layer's experts, on parts of the tokens and of
@@ -173,7 +179,7 @@ fn synchronise<B: TrainingBackend>(device: &B::Device) -> Result<()> {
     })
 }
 
-/// Measures whole steps on this rank alone, and takes the experts out of them.
+/// Measures whole steps on this rank alone, and takes their narrow experts out.
 fn step_cost(
     context: &ParallelContext,
     calibration: &Calibration,
@@ -194,10 +200,10 @@ fn step_cost(
         let experts: f64 = (workload.layers.iter())
             .filter_map(|layer| {
                 let cost = ffn.iter().find(|cost| cost.shape == layer.ffn)?;
-                Some(cost.seconds(samples * layer.tokens_per_sample, layer.ffn.d_ff))
+                Some(cost.seconds(samples * layer.tokens_per_sample, step.expert_units()))
             })
             .sum();
-        // Where experts are nearly all, the difference is noise; times must stay above zero.
+        // Times must stay above zero.
         let rest = (whole - experts).max(1e-3 * whole);
         points.push(([1.0, samples as f64], rest));
     }

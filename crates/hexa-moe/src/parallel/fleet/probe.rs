@@ -196,7 +196,7 @@ fn slowest(comm: &dyn Communicator, value: f64) -> Result<f64> {
 }
 
 /// The middle of the values, which are sorted; the lower one of two.
-pub fn median(values: &mut [f64]) -> f64 {
+fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     match values.len() {
         0 => 0.0,

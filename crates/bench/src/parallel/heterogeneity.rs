@@ -31,7 +31,7 @@ pub struct Row {
 }
 
 /// First ranks' shares of the curve.
-const SWEEP: [f64; 6] = [0.4, 0.6, 0.7, 0.8, 0.85, 0.9];
+const SWEEP: [f64; 5] = [0.4, 0.6, 0.7, 0.8, 0.9];
 
 pub fn measure(
     rank: &Rank,

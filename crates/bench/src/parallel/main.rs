@@ -11,6 +11,7 @@ mod ranks;
 mod report;
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
@@ -50,11 +51,11 @@ pub struct Arguments {
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "1024,2048,3072,4096,6144,8192,12288,16384"
+        default_value = "1024,2048,3072,4096,6144,8192,12288"
     )]
     batches: Vec<usize>,
     /// Measured steps of each case, after two that are not counted.
-    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     steps: u32,
     /// Seconds for each measurement of the calibration.
     #[arg(long, default_value_t = 0.2)]
@@ -99,7 +100,9 @@ fn main() -> Result<()> {
         arguments.calibrate_s
     );
     let output = arguments.output.clone();
-    if let Some(report) = ranks::run(arguments, measure)? {
+    let start = Instant::now();
+    if let Some(mut report) = ranks::run(arguments, measure)? {
+        report.seconds = start.elapsed().as_secs_f64();
         report
             .write(&output)
             .with_context(|| format!("writing into {}", output.display()))?;
@@ -112,20 +115,23 @@ fn main() -> Result<()> {
 fn measure(rank: &Rank, arguments: &Arguments) -> Result<Report> {
     let mut report = Report::new(rank, arguments);
     for &shape in &arguments.shapes {
+        rank.say(&format!("{shape}: calibration"));
         let calibrated = rank.calibrate(shape, arguments)?;
         report.fleets.push(calibrated.clone());
         if arguments.only.contains(&Part::Heterogeneity) {
+            rank.say(&format!("{shape}: shares"));
             let rows = heterogeneity::measure(rank, shape, &calibrated, arguments)?;
             report.heterogeneity.extend(rows);
         }
         if arguments.only.contains(&Part::Crossover) {
+            rank.say(&format!("{shape}: modes"));
             let rows = crossover::measure(rank, shape, &calibrated, arguments)?;
             report.crossover.extend(rows);
         }
         if arguments.only.contains(&Part::Overlap) {
-            report
-                .overlap
-                .extend(overlap::measure(rank, shape, &calibrated, arguments)?);
+            rank.say(&format!("{shape}: gathers"));
+            let row = overlap::measure(rank, shape, &calibrated, arguments)?;
+            report.overlap.push(row);
         }
     }
     Ok(report)

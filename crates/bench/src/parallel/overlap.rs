@@ -23,12 +23,7 @@ pub struct Row {
     pub hidden: f64,
 }
 
-pub fn measure(
-    rank: &Rank,
-    shape: NetShape,
-    fleet: &Fleet,
-    arguments: &Arguments,
-) -> Result<Vec<Row>> {
+pub fn measure(rank: &Rank, shape: NetShape, fleet: &Fleet, arguments: &Arguments) -> Result<Row> {
     let workload = shape.workload(arguments.tokens)?;
     let plan = balanced_plan(fleet, &workload, &vec![Mode::DataCentric; shape.layers])?;
     // As both fluctuate, more steps than elsewhere.
@@ -36,11 +31,11 @@ pub fn measure(
     let late = rank.time(shape, &plan, false, steps)?;
     let early = rank.time(shape, &plan, true, steps)?;
     let wait = |timed: &Timed| timed.gather_s.iter().sum::<f64>();
-    Ok(vec![Row {
+    Ok(Row {
         shape,
         tokens: arguments.tokens,
         hidden: 1.0 - wait(&early) / wait(&late),
         early,
         late,
-    }])
+    })
 }

@@ -183,6 +183,13 @@ pub struct Timed {
 }
 
 impl Rank {
+    /// Tells whoever waits for the report what is going on.
+    pub fn say(&self, what: &str) {
+        if self.context.rank() == 0 {
+            eprintln!("{what}");
+        }
+    }
+
     /// Measures ranks and links on a net; batches cover what will be measured.
     pub fn calibrate(&self, shape: NetShape, arguments: &Arguments) -> Result<Fleet> {
         let most = arguments.batches.iter().chain([&arguments.tokens]).max();

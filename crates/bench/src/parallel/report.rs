@@ -19,6 +19,8 @@ pub struct Report {
     cores: Cores,
     busy: Vec<usize>,
     steps: u32,
+    /// What all of it took.
+    pub seconds: f64,
     /// Measurements of ranks and links, one for each shape.
     pub fleets: Vec<Fleet>,
     pub heterogeneity: Vec<heterogeneity::Row>,
@@ -39,6 +41,7 @@ impl Report {
             cores: rank.cores.clone(),
             busy: arguments.busy.clone(),
             steps: arguments.steps,
+            seconds: 0.0,
             fleets: Vec::new(),
             heterogeneity: Vec::new(),
             crossover: Vec::new(),
@@ -64,10 +67,11 @@ impl Report {
     pub fn to_markdown(&self) -> String {
         let cores: Vec<_> = self.cores.0.iter().map(|c| c.len().to_string()).collect();
         let mut text = format!(
-            "Engine {}, ranks on {} cores, medians of {} steps.\n",
+            "Engine {}, ranks on {} cores, medians of {} steps; all of it took {:.0} s.\n",
             self.engine,
             cores.join(" and "),
-            self.steps
+            self.steps,
+            self.seconds
         );
         if self.busy.iter().any(|&threads| threads > 0) {
             let _ = writeln!(

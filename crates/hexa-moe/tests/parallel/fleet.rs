@@ -182,7 +182,7 @@ fn exhaustive(fleet: &Fleet, work: &Workload) -> (f64, ParallelPlan) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 
     /// The choice is as fast as the best of all plans, but for whole units; and what is predicted
     /// of it is what playing it through takes.

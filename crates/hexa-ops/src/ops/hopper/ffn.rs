@@ -9,11 +9,11 @@
 use burn::tensor::DType;
 use cubecl::server::KernelArguments;
 
-use super::launch::{Rows, accepts, contiguous_index, packed, rows_aligned, sums};
+use super::launch::{Rows, accepts, contiguous_index, packed, prepared_rows, rows_aligned, sums};
 use super::source::Epilogue;
 use super::task::Kernel;
 use super::{FfnArgs, Tensor};
-use crate::backend::{FfnBackwardArgs, FfnForward, FfnGrads, RawExpertIndex};
+use crate::backend::{FfnBackwardArgs, FfnForward, FfnGrads, FfnWeights, RawExpertIndex};
 use crate::ops::combine::launch::combine;
 use crate::ops::device::empty;
 use crate::ops::ess::launch::ess;
@@ -48,16 +48,17 @@ pub(super) fn forward(args: FfnArgs<Tensor>) -> Result<FfnForward<Tensor>, FfnAr
     }
     let index = contiguous_index(args.index);
     let num_slots = index.num_slots();
-    let x = rows_aligned(args.x);
+    let (x, x_order) = prepared_rows(args.x, d_ff, &index);
     let gates = packed(args.gates);
-    let (w1, w2) = (packed(args.weights.w1), packed(args.weights.w2));
-    let (b1, b2) = (args.weights.b1.map(packed), args.weights.b2.map(packed));
+    let FfnWeights { w1, b1, w2, b2 } = args.weights;
+    let (w1, w2) = (rows_aligned(w1), rows_aligned(w2));
+    let (b1, b2) = (b1.map(rows_aligned), b2.map(rows_aligned));
 
     let pre_activation = empty(&x, [num_slots, width], x.dtype);
     let activated = empty(&x, [num_slots, d_ff], x.dtype);
     let first = Rows {
         a: &x,
-        a_order: RowOrder::Token,
+        a_order: x_order,
         w: &w1,
         transposed: false,
         bias: b1.as_ref(),
@@ -69,6 +70,7 @@ pub(super) fn forward(args: FfnArgs<Tensor>) -> Result<FfnForward<Tensor>, FfnAr
         Epilogue::Activate(args.options.activation),
         &[&activated, &pre_activation],
     );
+    drop(x);
     let second = Rows {
         a: &activated,
         a_order: RowOrder::Expert,
@@ -118,10 +120,11 @@ pub(super) fn backward(
         return Ok(grads);
     }
 
-    let w2 = packed(args.weights.w2);
+    let w2 = rows_aligned(args.weights.w2);
+    let (grad_rows, grad_order) = prepared_rows(grad_output.clone(), d_ff, &index);
     let through = Rows {
-        a: &grad_output,
-        a_order: RowOrder::Token,
+        a: &grad_rows,
+        a_order: grad_order,
         w: &w2,
         transposed: true,
         bias: None,
@@ -145,25 +148,25 @@ pub(super) fn backward(
     drop(pre_activation);
 
     if needs.gates {
-        let bias = args.weights.b2.map(packed);
+        let bias = args.weights.b2.map(rows_aligned);
         let out = empty(&gates, [index.tokens, index.top_k], gates.dtype);
         gate_gradient(&gate_parts, &grad_output, bias.as_ref(), &index, &out);
         grads.gates = Some(out);
     }
     drop(gate_parts);
     if needs.w2 {
-        grads.w2 = Some(sums(&grad_output, RowOrder::Token, &weighted, &index, true));
+        grads.w2 = Some(sums(&grad_rows, grad_order, &weighted, &index, true));
     }
-    drop(weighted);
+    drop((weighted, grad_rows));
     if needs.w1 {
-        let x = rows_aligned(args.x);
-        grads.w1 = Some(sums(&x, RowOrder::Token, &grad_pre, &index, false));
+        let (x, x_order) = prepared_rows(args.x, d_ff, &index);
+        grads.w1 = Some(sums(&x, x_order, &grad_pre, &index, false));
     }
     if needs.b1 {
         grads.b1 = Some(ess(grad_pre.clone(), RowOrder::Expert, None, index.clone()));
     }
     if needs.x {
-        let w1 = packed(args.weights.w1);
+        let w1 = rows_aligned(args.weights.w1);
         let back = Rows {
             a: &grad_pre,
             a_order: RowOrder::Expert,
@@ -191,13 +194,12 @@ fn gate_gradient(
 ) {
     let d_model = grad_output.meta.shape()[1];
     let num_slots = index.num_slots();
-    let packed_output = packed(grad_output.clone());
     let mut arguments = KernelArguments::new();
     // Without a bias its buffer is not read; any stands for it.
-    let bias_or_any = bias.unwrap_or(&packed_output);
+    let bias_or_any = bias.unwrap_or(grad_output);
     arguments.buffers = [
         parts,
-        &packed_output,
+        grad_output,
         bias_or_any,
         &index.positions,
         &index.offsets,
@@ -215,6 +217,8 @@ fn gate_gradient(
         index.num_experts,
         d_model,
         usize::from(bias.is_some()),
+        grad_output.meta.strides()[0],
+        bias_or_any.meta.strides()[0],
     ];
     // SAFETY: one warp for each slot of the index, whose tensors have the sizes in `scalars`.
     unsafe {

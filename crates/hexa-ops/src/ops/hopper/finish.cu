@@ -1,5 +1,5 @@
-// What follows the grouped products: sums over parts and over column tiles. Definitions in front of
-// this text: IS_F16, TOP_K.
+// What goes before the grouped products and follows them: rows brought into expert order, sums over
+// parts and over column tiles. Definitions in front of this text: IS_F16, TOP_K.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -23,7 +23,22 @@ __device__ __forceinline__ u16 from_float(float value) {
   return bits;
 }
 
-struct GateParams { u64 num_slots, column_tiles, num_experts, d_model, has_bias; };
+struct RowParams { u64 num_slots, width, stride; };
+
+// out[p] = x[token of the slot at p], in pieces of 16 bytes; a warp for each row.
+extern "C" __global__ void hexa_sort_rows(const u16* __restrict__ x, const int* __restrict__ slots,
+                                          u16* __restrict__ out,
+                                          const __grid_constant__ RowParams p) {
+  u64 position = ((u64)blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  if (position >= p.num_slots) return;
+  const uint4* from = (const uint4*)(x + (u64)(slots[position] / TOP_K) * p.stride);
+  uint4* to = (uint4*)(out + position * p.width);
+  for (int i = threadIdx.x % 32; i < (int)p.width / 8; i += 32) to[i] = from[i];
+}
+
+struct GateParams {
+  u64 num_slots, column_tiles, num_experts, d_model, has_bias, grad_stride, bias_stride;
+};
 
 // grad_gates[slot] = sum of the column tiles' parts + dy[token] . b2[expert]; a warp for each slot.
 extern "C" __global__ void hexa_gate_gradient(
@@ -42,8 +57,8 @@ extern "C" __global__ void hexa_gate_gradient(
       int middle = (low + high) / 2;
       if (offsets[middle] <= position) low = middle; else high = middle;
     }
-    const u32* dy = (const u32*)(grad_output + (u64)(slot / TOP_K) * p.d_model);
-    const u32* b = (const u32*)(bias + (u64)low * p.d_model);
+    const u32* dy = (const u32*)(grad_output + (u64)(slot / TOP_K) * p.grad_stride);
+    const u32* b = (const u32*)(bias + (u64)low * p.bias_stride);
     for (int i = lane; i < (int)p.d_model / 2; i += 32) {
       u32 x = dy[i], y = b[i];
       sum = fmaf(to_float((u16)x), to_float((u16)y), sum);

@@ -14,14 +14,20 @@ pub(super) const TILE_ROWS: usize = 128;
 /// Cubes that share their columns, one tile below the other.
 pub(super) const CLUSTER: usize = 2;
 
-/// Threads of a cube: one warpgroup copies, two multiply.
+/// Threads of a cube: two warpgroups multiply, one copies.
 pub(super) const THREADS: u32 = 384;
+
+/// Threads of a cube of the small kernels.
+pub(super) const FINISH_THREADS: u32 = 256;
+
+/// Rows and columns of the results that a warp passes through shared memory at a time.
+const PATCH_BYTES: usize = 16 * 64 * 2;
 
 /// Most experts that the kernels' shared memory has room for.
 pub(super) const MAX_EXPERTS: usize = 512;
 
 /// Summed elements of a stage.
-const STAGE_DEPTH: usize = 64;
+pub(super) const STAGE_DEPTH: usize = 64;
 
 /// Changes whenever the text does, so that a cache of compiled kernels cannot serve an older one.
 pub(super) const TEXT_HASH: u64 = fnv1a(FINISH.as_bytes(), fnv1a(GROUPED.as_bytes(), FNV_OFFSET));
@@ -86,6 +92,11 @@ pub(super) struct Variant {
 }
 
 impl Variant {
+    /// Whether the rows of `a` lie as the kernel reads them, so that nothing need be gathered.
+    pub(super) fn copies_in_bulk(&self) -> bool {
+        self.a == RowOrder::Expert
+    }
+
     /// Stages that fit into the shared memory.
     fn stages(&self) -> usize {
         match self.columns {
@@ -99,7 +110,7 @@ impl Variant {
     pub(super) fn shared_bytes(&self) -> usize {
         let stage = (TILE_ROWS + self.columns) * STAGE_DEPTH * 2;
         let table = (3 * 4 * (self.num_experts + 1)).next_multiple_of(1024);
-        self.stages() * (stage + 16) + 8 * 16 * 40 * 4 + table
+        self.stages() * (stage + 16) + 8 * PATCH_BYTES + table
     }
 
     /// The whole text.
@@ -137,6 +148,7 @@ impl Variant {
             .add("TOP_K", self.top_k)
             .add("PROBLEM_SUMS", usize::from(is_sums))
             .add("A_SOURCE", source_number(self.a))
+            .add("A_BULK", usize::from(self.copies_in_bulk()))
             .add("B_TRANSPOSED", usize::from(transposed))
             .add("OUT_SOURCE", source_number(out))
             .add("OUT_TRANSPOSED", usize::from(out_transposed))

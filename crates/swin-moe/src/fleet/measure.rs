@@ -37,12 +37,11 @@ pub struct CalibrateRequest {
 /// # Errors
 /// [`FleetJobError`] if a back-end cannot be used, or a rank fails.
 pub fn calibrate(request: &CalibrateRequest) -> Result<Fleet, FleetJobError> {
-    let workload = workload(&request.model, request.batch)?;
     let ranks: Vec<_> = local::world(request.backends.len())
         .into_iter()
         .map(|comm| {
-            let (request, workload) = (request.clone(), workload.clone());
-            std::thread::spawn(move || on_rank(comm, "local", &request, &workload))
+            let request = request.clone();
+            std::thread::spawn(move || calibrate_rank(comm, "local", &request))
         })
         .collect();
     let outcomes = ranks.into_iter().enumerate().map(|(rank, thread)| {
@@ -70,14 +69,25 @@ pub fn calibrate(request: &CalibrateRequest) -> Result<Fleet, FleetJobError> {
     })
 }
 
-/// Measures as one rank of a job.
-fn on_rank(
+/// Measures as one rank of a job, whatever its engine; all ranks call it together and return the
+/// same fleet.
+///
+/// # Errors
+/// [`FleetJobError`] if the back-end cannot be used, this rank or another fails, or the request is
+/// for another number of ranks.
+pub fn calibrate_rank(
     comm: impl Communicator + 'static,
     engine: &str,
     request: &CalibrateRequest,
-    workload: &Workload,
 ) -> Result<Fleet, FleetJobError> {
     let rank = comm.rank();
+    if comm.world_size() != request.backends.len() {
+        return Err(FleetJobError::Fleet(FleetError::Ranks {
+            fleet: request.backends.len(),
+            wanted: comm.world_size(),
+        }));
+    }
+    let workload = &workload(&request.model, request.batch)?;
     let backend = request.backends[rank];
     let context = ParallelContext::new(comm);
     let on_cpu = backend == BackendKind::Cpu;

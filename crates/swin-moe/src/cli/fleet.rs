@@ -19,8 +19,8 @@ use crate::train::DeviceFaults;
 pub(super) fn calibrate(arguments: arguments::Calibrate, faults: DeviceFaults) -> Result<Done> {
     let (config, model) = configured(arguments.config.as_deref(), &arguments.set)?;
     ensure!(
-        arguments.seconds.is_finite() && arguments.seconds > 0.0,
-        "--seconds is {}, allowed is a number above 0; give 0.2, say",
+        arguments.seconds > 0.0 && arguments.seconds <= 3600.0,
+        "--seconds is {}, allowed is a number above 0 and up to 3600; give 0.2, say",
         arguments.seconds
     );
     let memory_bytes = match arguments.memory_gib {

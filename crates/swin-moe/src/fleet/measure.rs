@@ -4,7 +4,7 @@ use burn::module::{Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{Distribution, Int, Tensor};
 use hexa_moe::parallel::comm::local;
-use hexa_moe::parallel::fleet::{self, Calibration, Fleet, FleetError, MeasuredStep, Workload};
+use hexa_moe::parallel::fleet::{self, Calibration, Fleet, FleetError, MeasuredStep};
 use hexa_moe::parallel::{Communicator, ParallelContext};
 use hexa_ops::TrainingBackend;
 

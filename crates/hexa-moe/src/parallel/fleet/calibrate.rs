@@ -40,6 +40,27 @@ pub struct Calibration<'a> {
     pub engine: String,
 }
 
+impl Calibration<'_> {
+    fn validate(&self) -> Result<()> {
+        let refuse = |field: &str, got, allowed| {
+            Err(FleetError::Value {
+                origin: "calibration".into(),
+                field: field.into(),
+                got,
+                allowed,
+            })
+        };
+        if self.batches.is_empty() || self.batches.contains(&0) {
+            let allowed = "one batch or more, each of one sample or more";
+            return refuse("batches", format!("{:?}", self.batches), allowed);
+        }
+        if !(0.0..=3600.0).contains(&self.seconds) {
+            return refuse("seconds", self.seconds.to_string(), "0 to 3600");
+        }
+        Ok(())
+    }
+}
+
 /// A whole model on one rank, to be measured. Its experts are narrow, so that what is measured is
 /// nearly all the rest: a difference of two long times would be noise.
 pub trait MeasuredStep {
@@ -64,21 +85,21 @@ pub trait MeasuredStep {
 /// same fleet. Ranks compute at the same time, so that what they share counts.
 ///
 /// # Errors
-/// [`FleetError`] if a device, a rank or `step` failed.
+/// [`FleetError`] if the calibration's settings are out of range, or a device, a rank or `step`
+/// failed.
 pub fn calibrate<B: TrainingBackend>(
     context: &ParallelContext,
     device: &B::Device,
     calibration: &Calibration,
     step: &mut impl MeasuredStep,
 ) -> Result<Fleet> {
+    calibration.validate()?;
     let workload = calibration.workload;
-    let shapes: BTreeSet<_> = (workload.layers.iter().enumerate())
-        .map(|(i, layer)| (workload.layers.iter().position(|l| l.ffn == layer.ffn), i))
-        .filter_map(|(first, i)| (first == Some(i)).then_some(i))
-        .collect();
-    let mut ffn = Vec::new();
-    for &layer in &shapes {
-        let layer = &workload.layers[layer];
+    let mut ffn: Vec<FfnCost> = Vec::new();
+    for layer in &workload.layers {
+        if ffn.iter().any(|cost| cost.shape == layer.ffn) {
+            continue;
+        }
         let tokens: Vec<usize> = (calibration.batches.iter())
             .map(|samples| samples * layer.tokens_per_sample)
             .collect();

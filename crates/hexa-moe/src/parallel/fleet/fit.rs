@@ -75,12 +75,11 @@ fn solve<const N: usize>(rows: &[[f64; N]], columns: &[usize]) -> Option<Vec<f64
         if matrix[i][i].abs() < 1e-10 * rows.len() as f64 {
             return None;
         }
-        for row in 0..n {
-            if row != i {
-                let factor = matrix[row][i] / matrix[i][i];
-                for column in i..=n {
-                    matrix[row][column] -= factor * matrix[i][column];
-                }
+        let pivot_row = matrix[i].clone();
+        for (_, row) in matrix.iter_mut().enumerate().filter(|(j, _)| *j != i) {
+            let factor = row[i] / pivot_row[i];
+            for (value, pivot) in row.iter_mut().zip(&pivot_row) {
+                *value -= factor * pivot;
             }
         }
     }

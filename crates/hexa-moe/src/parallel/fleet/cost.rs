@@ -2,7 +2,8 @@
 //!
 //! `docs/adr/0010-cost-model.md` says what it assumes. In short: ranks meet at every
 //! Mixture-of-Experts layer, so that a step is the sum over layers of the slowest rank's time, plus
-//! the exchanges, none of which is hidden.
+//! the exchanges, none of which is hidden. In the model-centric mode they meet twice: before the
+//! experts and behind them.
 
 use super::super::context::Mode;
 use super::super::plan::{LayerPlan, ParallelPlan};
@@ -20,7 +21,7 @@ pub struct Prediction {
     pub plan: ParallelPlan,
     /// Seconds of a step.
     pub step_s: f64,
-    /// Of these, computation of the slowest rank, layer by layer.
+    /// Of these, computation of the slowest rank, from one meeting of the ranks to the next.
     pub compute_s: f64,
     /// Of these, exchanges.
     pub exchange_s: f64,
@@ -93,7 +94,11 @@ pub fn predict(fleet: &Fleet, workload: &Workload, plan: &ParallelPlan) -> Resul
         .collect();
     for (shape, layer) in workload.layers.iter().zip(&plan.layers) {
         let ffn = ffn_seconds(fleet, shape, layer, &plan.batch)?;
-        compute_s += slowest(ffn.iter().zip(&rest).map(|(ffn, rest)| ffn + rest));
+        compute_s += match layer.mode {
+            Mode::DataCentric => slowest(ffn.iter().zip(&rest).map(|(ffn, rest)| ffn + rest)),
+            // Nobody can begin with everybody's tokens before all have brought them.
+            Mode::ModelCentric => slowest(rest.iter().copied()) + slowest(ffn.iter().copied()),
+        };
         for ((busy, ffn), rest) in busy.iter_mut().zip(&ffn).zip(&rest) {
             *busy += ffn + rest;
         }

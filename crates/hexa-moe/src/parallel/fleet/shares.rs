@@ -1,7 +1,7 @@
 //! Shares that let all ranks finish together.
 
-use super::super::split::split_proportional;
 use super::error::Result;
+use crate::error::MoeError;
 
 /// Seconds of a rank as a function of its share: `fixed_s + unit_s · share`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -12,41 +12,50 @@ pub struct AffineTime {
     pub unit_s: f64,
 }
 
-/// Splits `total` so that all ranks take equally long, in multiples of `multiple`: in proportion
-/// to measured speed, less what a rank's fixed time costs it. A rank whose fixed time alone is
-/// longer than the others need gets nothing. Ranks that take no time for any share are equal.
+impl AffineTime {
+    /// Seconds of a share; none for no share.
+    fn seconds(&self, share: usize) -> f64 {
+        if share == 0 {
+            return 0.0;
+        }
+        self.fixed_s + self.unit_s * share as f64
+    }
+}
+
+/// Splits `total` so that the slowest rank is as fast as it can be: in proportion to measured
+/// speed, less what a rank's fixed time costs it. Shares are multiples of `multiple`, but for the
+/// remainder of `total`. A rank whose first unit would take longer than the others need for all
+/// gets nothing.
 ///
 /// # Errors
-/// [`MoeError::Split`](crate::MoeError::Split) without ranks or with `multiple` zero.
+/// [`MoeError::Split`] without ranks, with `multiple` zero, or if a time is not a number.
 pub fn balanced_shares(total: usize, times: &[AffineTime], multiple: usize) -> Result<Vec<usize>> {
-    let slowest = times.iter().map(|t| t.unit_s).fold(0.0, f64::max);
-    if slowest <= 0.0 || total == 0 {
-        let equal = vec![1.0; times.len()];
-        return Ok(split_proportional(total, &equal, multiple)?);
-    }
-    // A unit that takes no time would be infinite speed.
-    let unit = |t: &AffineTime| t.unit_s.max(1e-9 * slowest);
-    let shares_at = |deadline: f64| {
-        times
-            .iter()
-            .map(move |t| ((deadline - t.fixed_s) / unit(t)).max(0.0))
-    };
-    // Between nobody's work and everybody's work done by the slowest.
-    let mut low = 0.0;
-    let mut high = times
-        .iter()
-        .map(|t| t.fixed_s + unit(t) * total as f64)
-        .fold(0.0, f64::max);
-    for _ in 0..200 {
-        let middle = 0.5 * (low + high);
-        if shares_at(middle).sum::<f64>() < total as f64 {
-            low = middle;
-        } else {
-            high = middle;
+    let proper = |t: &AffineTime| t.fixed_s.is_finite() && t.unit_s.is_finite();
+    if times.is_empty() || multiple == 0 || !times.iter().all(proper) {
+        return Err(MoeError::Split {
+            got: format!("times {times:?}, multiple {multiple}"),
+            allowed: "one finite time per rank, at least one, and multiple >= 1",
         }
+        .into());
     }
-    let weights: Vec<f64> = shares_at(high).collect();
-    Ok(split_proportional(total, &weights, multiple)?)
+    let mut shares = vec![0; times.len()];
+    // Units that are alike, given one by one to whoever is done with it first: no other allocation
+    // has a faster slowest rank. Among equals, the one that has least.
+    let mut give = |units: usize| {
+        let after = |rank: usize| times[rank].seconds(shares[rank] + units);
+        let first = (0..times.len()).min_by(|&a, &b| {
+            let by_time = after(a).total_cmp(&after(b));
+            by_time.then(shares[a].cmp(&shares[b]))
+        });
+        if let Some(rank) = first {
+            shares[rank] += units;
+        }
+    };
+    for _ in 0..total / multiple {
+        give(multiple);
+    }
+    give(total % multiple);
+    Ok(shares)
 }
 
 /// The multiple in which hidden units are shared out: what kernels' tiles like, as long as that

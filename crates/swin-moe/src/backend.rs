@@ -3,6 +3,7 @@
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
@@ -183,6 +184,9 @@ fn run_on<B: hexa_ops::ExpertKernels, J: Job>(
 /// Drivers that are missing make the layers below panic; this is the one place where that is
 /// ordinary, and turned into words.
 fn probe<B: Backend>() -> Result<B::Device, String> {
+    // The hook is the process': ranks on several threads must not restore each other's.
+    static PROBING: Mutex<()> = Mutex::new(());
+    let _alone = PROBING.lock().unwrap_or_else(PoisonError::into_inner);
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
     let outcome = catch_unwind(AssertUnwindSafe(|| {

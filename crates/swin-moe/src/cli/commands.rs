@@ -238,7 +238,7 @@ pub(super) fn info(arguments: arguments::Info) -> Result<Done> {
     Ok(Done::Success)
 }
 
-fn count_classes(config: &Config) -> Result<usize> {
+pub(super) fn count_classes(config: &Config) -> Result<usize> {
     let images = TestImages::open(config)
         .context("cannot count the classes; give them with --set model.num_classes=N")?;
     Ok(images.class_names().len())

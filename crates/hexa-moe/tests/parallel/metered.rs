@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use hexa_moe::parallel::comm::{Metered, Traffic, local};
-use hexa_moe::parallel::{Communicator, ParallelContext};
+use hexa_moe::parallel::ParallelContext;
 
 #[test]
 fn traffic_is_counted_by_kind_of_tensor() {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::backend::BackendKind;
+use crate::config::Precision;
 
 /// Swin Transformer with Mixture-of-Experts layers: training and what goes with it.
 #[derive(Parser)]
@@ -84,6 +85,12 @@ pub(super) struct Eval {
     /// Image folder; the run's own without it.
     #[arg(long, value_name = "DIR")]
     pub(super) data: Option<PathBuf>,
+    /// Arithmetic: f32, tf32 or bf16; the run's own without it.
+    #[arg(long)]
+    pub(super) precision: Option<Precision>,
+    /// Show every class, rather than the least accurate ones.
+    #[arg(long)]
+    pub(super) per_class: bool,
     /// Where to compute: cpu, wgpu or cuda, of those compiled in.
     #[arg(long, default_value_t = BackendKind::Cpu)]
     pub(super) backend: BackendKind,
@@ -96,6 +103,9 @@ pub(super) struct Predict {
     /// Image files.
     #[arg(required = true, value_name = "IMAGE")]
     pub(super) images: Vec<PathBuf>,
+    /// Arithmetic: f32, tf32 or bf16; the run's own without it.
+    #[arg(long)]
+    pub(super) precision: Option<Precision>,
     /// Where to compute: cpu, wgpu or cuda, of those compiled in.
     #[arg(long, default_value_t = BackendKind::Cpu)]
     pub(super) backend: BackendKind,

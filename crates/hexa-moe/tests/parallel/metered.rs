@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use hexa_moe::parallel::comm::{Metered, Traffic, local};
 use hexa_moe::parallel::ParallelContext;
+use hexa_moe::parallel::comm::{Metered, Traffic, local};
 
 #[test]
 fn traffic_is_counted_by_kind_of_tensor() {

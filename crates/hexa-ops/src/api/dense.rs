@@ -124,6 +124,6 @@ pub fn linear<B: ExpertOps>(
 /// [`OpsError::DType`] for quantised tensors.
 pub fn gelu<B: ExpertOps, const D: usize>(x: Tensor<B, D>) -> Result<Tensor<B, D>> {
     check::float_dtype("gelu", "x", &x)?;
-    let y = B::gelu(x.into_primitive().tensor());
+    let y = <B as ExpertOps>::gelu(x.into_primitive().tensor());
     Ok(Tensor::from_primitive(TensorPrimitive::Float(y)))
 }

@@ -26,7 +26,7 @@ impl<B: ExpertKernels> Backward<B, 1> for Gelu {
         let [parent] = ops.parents;
         if let Some(node) = parent {
             let x = checkpointer.retrieve_node_output::<FloatTensor<B>>(ops.state);
-            grads.register::<B>(node.id, B::gelu_backward(x, grad));
+            grads.register::<B>(node.id, <B as ExpertKernels>::gelu_backward(x, grad));
         }
     }
 }

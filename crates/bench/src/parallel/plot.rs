@@ -141,6 +141,14 @@ fn panel(
         .configure_mesh()
         .x_desc(x_label)
         .y_desc("step time, ms")
+        .x_label_formatter(&|x| {
+            if *x < 10.0 {
+                format!("{x:.1}")
+            } else {
+                format!("{x:.0}")
+            }
+        })
+        .y_label_formatter(&|y| format!("{y:.0}"))
         .light_line_style(WHITE)
         .draw()?;
     for curve in curves {

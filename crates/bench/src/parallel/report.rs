@@ -6,6 +6,7 @@ use std::io::Write as _;
 use std::path::Path;
 
 use anyhow::Result;
+use hexa_moe::parallel::Mode;
 use hexa_moe::parallel::fleet::Fleet;
 use serde::Serialize;
 
@@ -96,20 +97,20 @@ impl Report {
         );
         for row in &self.heterogeneity {
             let shares = match row.mode {
-                hexa_moe::parallel::Mode::DataCentric => &row.plan.batch,
-                hexa_moe::parallel::Mode::ModelCentric => &row.plan.layers[0].widths,
+                Mode::DataCentric => &row.plan.batch,
+                Mode::ModelCentric => &row.plan.layers[0].widths,
             };
             let best = row.sweep.iter().map(|p| p.1).fold(f64::INFINITY, f64::min);
             let _ = writeln!(
                 text,
-                "| {} | {} | {} | {} | {} | {shares:?} | {} | {:.0} % | {} |",
+                "| {} | {} | {} | {} | {} | {shares:?} | {} | {} | {} |",
                 row.shape,
                 row.mode.name(),
                 row.tokens,
                 ms(row.uniform.step_s),
                 ms(row.calibrated.step_s),
                 ms(row.ideal_s),
-                100.0 * row.gain_reached,
+                reached(row),
                 ms(best.min(row.calibrated.step_s)),
             );
         }
@@ -144,14 +145,20 @@ impl Report {
                 if row.right { "yes" } else { "no" },
             );
         }
+        let cost = |row: &crossover::Row| {
+            let chosen = row.measured_s[usize::from(row.chosen == Mode::ModelCentric)];
+            chosen / row.measured_s[0].min(row.measured_s[1])
+        };
+        let most = self.crossover.iter().map(cost).fold(1.0, f64::max);
         let right = self.crossover.iter().filter(|row| row.right).count();
         let _ = writeln!(
             text,
             "\nThe faster mode was chosen in {right} of {} cases; {within} of {} predictions are \
-             within {:.0} % of the measurement.",
+             within {:.0} % of the measurement. The choices cost up to {:.1} % more than the faster mode.",
             self.crossover.len(),
             2 * self.crossover.len(),
             100.0 * TOLERANCE,
+            100.0 * (most - 1.0),
         );
     }
 
@@ -181,6 +188,14 @@ impl Report {
             );
         }
     }
+}
+
+/// The part of the ideal gain, where there is one to speak of.
+fn reached(row: &heterogeneity::Row) -> String {
+    if row.ideal_s > 0.95 * row.uniform.step_s {
+        return "–".into();
+    }
+    format!("{:.0} %", 100.0 * row.gain_reached)
 }
 
 fn ms(seconds: f64) -> String {

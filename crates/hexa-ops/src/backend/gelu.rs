@@ -26,8 +26,7 @@ impl<B: ExpertKernels> Backward<B, 1> for Gelu {
         let [parent] = ops.parents;
         if let Some(node) = parent {
             let x = checkpointer.retrieve_node_output::<FloatTensor<B>>(ops.state);
-            let grad = <B as ExpertKernels>::gelu_backward(x, grad);
-            grads.register::<B>(node.id, grad);
+            grads.register::<B>(node.id, <B as ExpertKernels>::gelu_backward(x, grad));
         }
     }
 }

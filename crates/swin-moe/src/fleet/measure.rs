@@ -13,8 +13,8 @@ use crate::backend::{BackendKind, Job, dispatch};
 use crate::memory::{Held, check_fits, machine_bytes};
 use crate::model::block::FeedForward;
 use crate::model::{ModelError, SwinMoe, SwinMoeConfig};
-use crate::train::cross_entropy;
 use crate::train::optimizer::{AdamW, AdamWConfig};
+use crate::train::{Targets, cross_entropy};
 
 /// What is measured.
 #[derive(Debug, Clone)]
@@ -170,6 +170,7 @@ impl<B: TrainingBackend> ModelStep<B> {
             epsilon: 1e-8,
             weight_decay: 0.1,
             clip_grad_norm: 3.0,
+            ema_decay: 0.0,
         };
         Ok(Self {
             optimizer: AdamW::new(config, &weights),
@@ -198,9 +199,12 @@ impl<B: TrainingBackend> MeasuredStep for ModelStep<B> {
             config.image_size,
         ];
         let images = Tensor::random(shape, Distribution::Normal(0.0, 1.0), &self.device);
-        let labels = Tensor::<B, 1, Int>::zeros([samples], &self.device);
+        let targets = Targets {
+            labels: Tensor::<B, 1, Int>::zeros([samples], &self.device),
+            mixed: None,
+        };
         let output = self.model.forward(images).map_err(|e| e.to_string())?;
-        let loss = cross_entropy(output.logits, labels, 0.1) + output.aux_loss;
+        let loss = cross_entropy(output.logits, targets, 0.1) + output.aux_loss;
         let gradients = loss.backward();
         self.synchronise()?;
         drop(gradients);
@@ -210,8 +214,9 @@ impl<B: TrainingBackend> MeasuredStep for ModelStep<B> {
     fn update(&mut self) -> Result<u64, String> {
         // Its gradient is a constant, which takes next to nothing beside the update.
         let gradients = self.weights.values.val().sum().backward();
-        let updated = self.optimizer.step(self.weights.clone(), gradients, 1e-3);
-        self.weights = updated.map_err(|e| e.to_string())?.0;
+        let gradients = self.optimizer.gradients(&self.weights, gradients);
+        let gradients = gradients.map_err(|e| e.to_string())?;
+        self.weights = self.optimizer.step(self.weights.clone(), gradients, 1e-3).0;
         self.synchronise()?;
         Ok(UPDATED as u64)
     }

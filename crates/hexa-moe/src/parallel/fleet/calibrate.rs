@@ -16,7 +16,7 @@ use super::error::{FleetError, Result};
 use super::file::{FLEET_VERSION, FfnCost, Fleet, LinkCost, Links, RankProfile, StepCost};
 use super::fit::non_negative;
 use super::probe::{LinkProbe, LinkSeconds, timed};
-use super::shape::{FfnShape, Workload};
+use super::shape::{FfnShape, LayerShape, Workload};
 use super::shares::width_multiple;
 use crate::error::MoeError;
 
@@ -152,8 +152,11 @@ fn measure(
     Ok(begin.elapsed().as_secs_f64() / f64::from(repetitions))
 }
 
-/// Measures forward and backward pass of the real layer's experts, on parts of the tokens and of
-/// the hidden width, and fits the cost.
+/// Layers that are measured one behind the other: alone, a layer finds its memory warm.
+const MAX_DEPTH: usize = 2;
+
+/// Measures forward and backward pass of the real layers' experts, on parts of the tokens and of
+/// the hidden width, and fits the cost of one.
 fn ffn_cost<B: TrainingBackend>(
     context: &ParallelContext,
     device: &B::Device,
@@ -161,28 +164,40 @@ fn ffn_cost<B: TrainingBackend>(
     shape: &FfnShape,
     tokens: &[usize],
 ) -> Result<FfnCost> {
+    let same = |layer: &&LayerShape| layer.ffn == *shape;
+    let depth = calibration
+        .workload
+        .layers
+        .iter()
+        .filter(same)
+        .count()
+        .clamp(1, MAX_DEPTH);
     let multiple = width_multiple(shape.d_ff, context.world_size());
     let part = |parts: usize| (shape.d_ff / parts / multiple * multiple).max(1);
     let widths: BTreeSet<usize> = [part(4), part(2), shape.d_ff].into();
     let mut points = Vec::new();
     for &units in &widths {
-        let layer = shape.layer(units).init::<B>(device)?;
+        let layers = (0..depth).map(|_| shape.layer(units).init::<B>(device));
+        let layers = layers.collect::<crate::error::Result<Vec<_>>>()?;
         for &tokens in tokens {
             let x = Tensor::<B, 2>::random([tokens, shape.d_model], Distribution::Default, device);
-            let gating = layer.router.route(x.clone())?.gating;
+            let gating = layers[0].router.route(x.clone())?.gating;
             let (x, gates) = (
                 x.require_grad(),
                 gating.weights.clone().detach().require_grad(),
             );
             let seconds = measure(context, calibration.seconds, || {
-                let index = ExpertIndex::from_gating(&gating);
-                let y = layer.experts.forward(x.clone(), gates.clone(), &index)?;
+                let mut y = x.clone();
+                for layer in &layers {
+                    let index = ExpertIndex::from_gating(&gating);
+                    y = layer.experts.forward(y, gates.clone(), &index)?;
+                }
                 let gradients = y.sum().backward();
                 synchronise::<B>(device)?;
                 drop(gradients);
                 Ok(())
             })?;
-            points.push((tokens, units, seconds));
+            points.push((tokens, units, seconds / depth as f64));
         }
     }
     // Every time is above zero, so that something is determined.

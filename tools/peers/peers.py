@@ -42,8 +42,10 @@ def grouped_mm(x, gates, expert_ids, params):
     order, ends = sort_slots(expert_ids, w1.shape[0])
     expert = expert_ids.flatten()[order]
     rows = x[order // gates.shape[1]]
-    h = F.gelu(torch._grouped_mm(rows, w1, offs=ends) + b1[expert])
-    y = torch._grouped_mm(h, w2, offs=ends) + b2[expert]
+    # A product with the choices, as b1[expert] has a slow gradient.
+    chosen = F.one_hot(expert, w1.shape[0]).to(x.dtype)
+    h = F.gelu(torch.addmm(torch._grouped_mm(rows, w1, offs=ends), chosen, b1))
+    y = torch.addmm(torch._grouped_mm(h, w2, offs=ends), chosen, b2)
     return combine(y, order, gates, x.shape[0])
 
 

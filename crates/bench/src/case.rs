@@ -5,12 +5,15 @@ use std::str::FromStr;
 use std::time::Instant;
 
 use anyhow::{Result, anyhow};
-use burn::tensor::backend::AutodiffBackend;
-use burn::tensor::{DType, Distribution, Tensor};
+use burn::backend::Autodiff;
+use burn::tensor::backend::{AutodiffBackend, Backend, BackendTypes};
+use burn::tensor::{DType, Distribution, Tensor, TensorData};
 use hexa_ops::{
-    ExpertIndex, ExpertParams, FfnOptions, Gating, TrainingBackend, expert_ffn, topk_gating,
+    ExpertIndex, ExpertKernels, ExpertParams, FfnOptions, TrainingBackend, expert_ffn, topk_gating,
 };
 use serde::Serialize;
+
+use crate::upstream::with_gradient;
 
 /// Shape of an expert FFN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -90,8 +93,10 @@ pub struct Inputs<B: TrainingBackend> {
 }
 
 impl<B: TrainingBackend> Inputs<B> {
-    /// Normal tokens and logits, weights scaled by their fan-in.
-    pub fn random(shape: Shape, dtype: DType, device: &B::Device) -> Self {
+    /// Normal tokens, weights scaled by their fan-in. The router's logits are such that the choices
+    /// are drawn without replacement in proportion to Zipf's distribution with exponent `skew`
+    /// (0: all experts alike).
+    pub fn random(shape: Shape, dtype: DType, skew: f64, device: &B::Device) -> Self {
         let normal = |std: f64| Distribution::Normal(0.0, std);
         let Shape {
             tokens,
@@ -110,7 +115,7 @@ impl<B: TrainingBackend> Inputs<B> {
         Self {
             x: matrix([tokens, d_model], normal(1.0)),
             // The router computes in f32, whatever the tokens are.
-            logits: Tensor::random([tokens, num_experts], normal(1.0), device).require_grad(),
+            logits: gumbel_logits(tokens, num_experts, skew, device).require_grad(),
             params: ExpertParams {
                 w1: stack([num_experts, d_model, d_ff], fan_in(d_model)),
                 b1: Some(matrix([num_experts, d_ff], normal(0.1))),
@@ -121,24 +126,50 @@ impl<B: TrainingBackend> Inputs<B> {
     }
 
     /// Routing and expert FFN.
-    pub fn forward(&self, top_k: usize) -> Result<(Gating<B>, Tensor<B, 2>)> {
+    pub fn forward(&self, top_k: usize) -> Result<Tensor<B, 2>> {
         let gating = topk_gating(self.logits.clone(), top_k, true)?;
-        let index = ExpertIndex::from_gating(&gating);
+        let gates = gating.weights.clone().cast(self.x.dtype());
+        self.experts(gates, &ExpertIndex::from_gating(&gating))
+    }
+
+    /// The expert FFN of given choices and weights.
+    pub fn experts(&self, gates: Tensor<B, 2>, index: &ExpertIndex<B>) -> Result<Tensor<B, 2>> {
+        let options = FfnOptions::default();
         let y = expert_ffn(
             self.x.clone(),
-            gating.weights.clone().cast(self.x.dtype()),
+            gates,
             self.params.clone(),
-            &index,
-            FfnOptions::default(),
+            index,
+            options,
             None,
         )?;
-        Ok((gating, y))
+        Ok(y)
     }
 }
 
 /// A tracked tensor of these elements in `dtype`, without the graph of the conversion.
-fn leaf<B: TrainingBackend, const D: usize>(tensor: Tensor<B, D>, dtype: DType) -> Tensor<B, D> {
+pub fn leaf<B: TrainingBackend, const D: usize>(
+    tensor: Tensor<B, D>,
+    dtype: DType,
+) -> Tensor<B, D> {
     Tensor::from_inner(tensor.inner().cast(dtype)).require_grad()
+}
+
+/// `[tokens, num_experts]`: logarithms of the experts' weights plus Gumbel noise, whose largest `k`
+/// are a draw without replacement.
+fn gumbel_logits<B: Backend>(
+    tokens: usize,
+    num_experts: usize,
+    skew: f64,
+    device: &B::Device,
+) -> Tensor<B, 2> {
+    let weights: Vec<f32> = (1..=num_experts)
+        .map(|rank| (-skew * (rank as f64).ln()) as f32)
+        .collect();
+    let weights = Tensor::<B, 1>::from_data(TensorData::from(weights.as_slice()), device);
+    let open_interval = Distribution::Uniform(1e-7, 1.0 - 1e-7);
+    let uniform = Tensor::<B, 2>::random([tokens, num_experts], open_interval, device);
+    uniform.log().neg().log().neg() + weights.unsqueeze()
 }
 
 /// Seconds of each repetition, ascending.
@@ -148,29 +179,49 @@ pub struct Timings {
     pub forward_s: Vec<f64>,
     /// Routing, forward and backward pass.
     pub forward_backward_s: Vec<f64>,
+    /// Bytes on the device at the peak of the latter, beyond inputs and weights.
+    pub extra_bytes: Option<u64>,
 }
 
 /// Times a case; the device is synchronised around each repetition, which is [`RUNS`] runs.
-pub fn measure<B: TrainingBackend>(
+pub fn measure<K: ExpertKernels>(
     shape: Shape,
     dtype: DType,
+    skew: f64,
     repetitions: u32,
-    device: &B::Device,
+    device: &<Autodiff<K> as BackendTypes>::Device,
 ) -> Result<Timings> {
-    let inputs = Inputs::<B>::random(shape, dtype, device);
+    let inputs = Inputs::<Autodiff<K>>::random(shape, dtype, skew, device);
+    let normal = Distribution::Normal(0.0, 1.0);
     let upstream =
-        Tensor::<B, 2>::random([shape.tokens, shape.d_model], Distribution::Default, device)
-            .cast(dtype);
+        Tensor::<K, 2>::random([shape.tokens, shape.d_model], normal, device).cast(dtype);
     let forward = || inputs.forward(shape.top_k).map(drop);
     let forward_backward = || -> Result<()> {
-        let (_, y) = inputs.forward(shape.top_k)?;
-        drop((y * upstream.clone()).sum().backward());
+        let y = inputs.forward(shape.top_k)?;
+        drop(with_gradient(y, upstream.clone()).backward());
         Ok(())
     };
     Ok(Timings {
-        forward_s: time::<B>(repetitions, device, forward)?,
-        forward_backward_s: time::<B>(repetitions, device, forward_backward)?,
+        forward_s: time::<Autodiff<K>>(repetitions, device, forward)?,
+        forward_backward_s: time::<Autodiff<K>>(repetitions, device, forward_backward)?,
+        extra_bytes: extra_bytes(forward_backward)?,
     })
+}
+
+/// What `work` takes at its peak, where the device tells.
+fn extra_bytes(work: impl Fn() -> Result<()>) -> Result<Option<u64>> {
+    #[cfg(feature = "cube")]
+    {
+        hexa_ops::testing::memory::arm();
+        let done = work();
+        let bytes = hexa_ops::testing::memory::disarm();
+        done.map(|()| bytes)
+    }
+    #[cfg(not(feature = "cube"))]
+    {
+        drop(work);
+        Ok(None)
+    }
 }
 
 /// Runs in one repetition: a training step does not wait for the device after each layer.

@@ -1,24 +1,58 @@
-//! Measures the expert FFN on the compiled-in back-ends, side by side.
+//! Measures the expert FFN on the compiled-in back-ends, side by side, and PyTorch implementations
+//! of the same in the same run.
 //!
-//! Every case is verified against the f64 oracle before it is timed; a case that fails is
-//! reported and never becomes a row.
+//! Every case is verified against an oracle in double precision before it is timed; a case that
+//! fails is reported and never becomes a row.
 
 mod case;
+mod peers;
 mod report;
+mod upstream;
 mod verify;
+
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use burn::backend::Autodiff;
 use burn::tensor::DType;
-use burn::tensor::backend::Backend;
+use burn::tensor::backend::{Backend, BackendTypes};
 use case::{Shape, measure};
-use clap::{Parser, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use hexa_ops::backends;
 use report::Report;
 
 /// Times the expert FFN, forward and forward + backward.
 #[derive(Parser)]
 #[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// The back-ends of this program.
+    Layer(Arguments),
+    /// The back-ends of this program, and PyTorch on the same machine in the same run.
+    Peers {
+        #[command(flatten)]
+        arguments: Arguments,
+        /// Interpreter that has PyTorch.
+        #[arg(long, default_value = "python3")]
+        python: PathBuf,
+        /// Program that times the peers.
+        #[arg(long, default_value = "tools/peers/peers.py")]
+        program: PathBuf,
+        /// Peers that the program is to time, of those it has; all if none is named.
+        #[arg(long)]
+        only: Vec<String>,
+        /// Further peers: importable modules with a function `layer(x, gates, expert_ids, params)`.
+        #[arg(long = "peer")]
+        peers: Vec<String>,
+    },
+}
+
+#[derive(Args)]
 struct Arguments {
     /// Back-ends to measure, of those compiled in.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "cpu")]
@@ -29,12 +63,15 @@ struct Arguments {
     /// Type of tokens and weights; the router is f32 in any case.
     #[arg(long, value_enum, default_value = "f32")]
     dtype: DTypeName,
+    /// Exponent of Zipf's distribution, in proportion to which tokens choose experts.
+    #[arg(long, default_value_t = 0.0)]
+    skew: f64,
     /// Timed repetitions after two that are not counted.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repetitions: u32,
     /// File for the results as JSON.
     #[arg(long)]
-    json: Option<std::path::PathBuf>,
+    json: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -59,22 +96,46 @@ impl DTypeName {
             DTypeName::F16 => DType::F16,
         }
     }
+
+    /// PyTorch's name.
+    fn torch(self) -> &'static str {
+        match self {
+            DTypeName::F32 => "float32",
+            DTypeName::Bf16 => "bfloat16",
+            DTypeName::F16 => "float16",
+        }
+    }
 }
 
 fn main() -> Result<()> {
-    let arguments = Arguments::parse();
+    let (arguments, peers) = match Cli::parse().command {
+        Command::Layer(arguments) => (arguments, None),
+        Command::Peers {
+            arguments,
+            python,
+            program,
+            only,
+            peers,
+        } => {
+            let program = peers::Program {
+                python,
+                program,
+                only,
+                modules: peers,
+            };
+            (arguments, Some(program))
+        }
+    };
     let mut report = Report::default();
     for &backend in &arguments.backend {
-        for shape in &arguments.shapes {
-            let row = run(
-                backend,
-                *shape,
-                arguments.dtype.dtype(),
-                arguments.repetitions,
-            )
-            .with_context(|| format!("{} at {shape}", name(backend)))?;
-            report.push(name(backend), *shape, row);
+        for &shape in &arguments.shapes {
+            let timings = run(backend, shape, &arguments)
+                .with_context(|| format!("{} at {shape}", name(backend)))?;
+            report.push(name(backend), shape, timings);
         }
+    }
+    if let Some(program) = peers {
+        program.measure(&arguments, &mut report)?;
     }
     print!("{}", report.to_markdown());
     if let Some(path) = arguments.json {
@@ -92,19 +153,14 @@ fn name(backend: BackendName) -> &'static str {
     }
 }
 
-fn run(
-    backend: BackendName,
-    shape: Shape,
-    dtype: DType,
-    repetitions: u32,
-) -> Result<case::Timings> {
+fn run(backend: BackendName, shape: Shape, arguments: &Arguments) -> Result<case::Timings> {
     match backend {
         #[cfg(feature = "cpu")]
-        BackendName::Cpu => on::<backends::Cpu>(shape, dtype, repetitions),
+        BackendName::Cpu => on::<backends::Cpu>(shape, arguments),
         #[cfg(feature = "wgpu")]
-        BackendName::Wgpu => on::<backends::Wgpu>(shape, dtype, repetitions),
+        BackendName::Wgpu => on::<backends::Wgpu>(shape, arguments),
         #[cfg(feature = "cuda")]
-        BackendName::Cuda => on::<backends::Cuda>(shape, dtype, repetitions),
+        BackendName::Cuda => on::<backends::Cuda>(shape, arguments),
         #[allow(unreachable_patterns, reason = "with all features nothing is left")]
         other => bail!(
             "back-end {} is not compiled in; build with --features {}",
@@ -114,17 +170,14 @@ fn run(
     }
 }
 
-fn on<K: hexa_ops::ExpertKernels>(
-    shape: Shape,
-    dtype: DType,
-    repetitions: u32,
-) -> Result<case::Timings> {
-    let device = <Autodiff<K> as burn::tensor::backend::BackendTypes>::Device::default();
+fn on<K: hexa_ops::ExpertKernels>(shape: Shape, arguments: &Arguments) -> Result<case::Timings> {
+    let device = <Autodiff<K> as BackendTypes>::Device::default();
+    let dtype = arguments.dtype.dtype();
     <K as Backend>::seed(&device, 7);
     ensure!(
         K::supports_dtype(&device, dtype),
         "this device has no {dtype:?}; measure another type"
     );
     verify::verify::<Autodiff<K>>(shape, dtype, &device)?;
-    measure::<Autodiff<K>>(shape, dtype, repetitions, &device)
+    measure::<K>(shape, dtype, arguments.skew, arguments.repetitions, &device)
 }

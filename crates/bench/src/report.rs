@@ -12,16 +12,16 @@ pub struct Report {
 
 #[derive(Debug, Serialize)]
 struct Row {
-    backend: &'static str,
+    backend: String,
     shape: Shape,
     timings: Timings,
 }
 
 impl Report {
     /// Adds a measured case.
-    pub fn push(&mut self, backend: &'static str, shape: Shape, timings: Timings) {
+    pub fn push(&mut self, backend: &str, shape: Shape, timings: Timings) {
         self.rows.push(Row {
-            backend,
+            backend: backend.to_owned(),
             shape,
             timings,
         });
@@ -32,18 +32,31 @@ impl Report {
     pub fn to_markdown(&self) -> String {
         let mut text = String::from(
             "| back-end | tokens,d_model,d_ff,E,k | forward ms (min–max) | GFLOP/s | \
-             forward + backward ms (min–max) | GFLOP/s |\n|---|---|---|---|---|---|\n",
+             forward + backward ms (min–max) | GFLOP/s | extra MiB |\n\
+             |---|---|---|---|---|---|---|\n",
         );
-        for row in &self.rows {
+        // Shape by shape, so that what is to be compared stands together.
+        let mut rows: Vec<&Row> = self.rows.iter().collect();
+        rows.sort_by_key(|row| self.first_of(row.shape));
+        for row in rows {
             let flops = row.shape.forward_flops();
             let (forward, forward_rate) = columns(&row.timings.forward_s, flops);
             let (both, both_rate) = columns(&row.timings.forward_backward_s, 3.0 * flops);
             text += &format!(
-                "| {} | {} | {forward} | {forward_rate:.0} | {both} | {both_rate:.0} |\n",
-                row.backend, row.shape
+                "| {} | {} | {forward} | {forward_rate:.0} | {both} | {both_rate:.0} | {} |\n",
+                row.backend,
+                row.shape,
+                row.timings
+                    .extra_bytes
+                    .map_or("–".into(), |bytes| (bytes >> 20).to_string()),
             );
         }
         text
+    }
+
+    /// Number of the first row of this shape.
+    fn first_of(&self, shape: Shape) -> Option<usize> {
+        self.rows.iter().position(|row| row.shape == shape)
     }
 }
 

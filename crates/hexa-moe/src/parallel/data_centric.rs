@@ -68,7 +68,7 @@ pub fn start_gather<B: ExpertKernels>(
 }
 
 /// The whole layer's weights, on the device of this rank's slices.
-fn finish_gather<B: ExpertKernels>(
+pub fn finish_gather<B: ExpertKernels>(
     parallel: &ExpertParallel,
     own: &FfnWeights<FloatTensor<B>>,
     pending: Pending,
@@ -225,7 +225,8 @@ fn gather_again<B: ExpertKernels>(
     Ok(weights)
 }
 
-fn pack_grads<B: ExpertKernels>(
+/// Whole weight gradients as all ranks' parts.
+pub fn pack_grads<B: ExpertKernels>(
     parallel: &ExpertParallel,
     grads: &FfnGrads<FloatTensor<B>>,
 ) -> Result<Vec<f32>> {
@@ -240,7 +241,8 @@ fn pack_grads<B: ExpertKernels>(
     }))
 }
 
-fn start_reduction(parallel: &ExpertParallel, data: Option<Vec<f32>>) -> Pending {
+/// Starts to sum the parts and to give each rank its own.
+pub fn start_reduction(parallel: &ExpertParallel, data: Option<Vec<f32>>) -> Pending {
     let counts = parallel.shards.counts();
     let name = parallel.name("expert weight gradients");
     let collective = Collective::ReduceScatterV { data, counts };

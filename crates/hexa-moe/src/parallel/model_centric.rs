@@ -49,7 +49,8 @@ fn elements(tokens_per_rank: &[usize], width: usize) -> Vec<usize> {
         .collect()
 }
 
-fn start_gather(
+/// Starts to gather rows that each rank has some of.
+pub fn start_gather(
     parallel: &ExpertParallel,
     tensor: &str,
     data: Payload,
@@ -62,7 +63,8 @@ fn start_gather(
         .start(&parallel.name(tensor), collective)
 }
 
-fn start_reduction(
+/// Starts to sum everybody's rows and to give each rank its own.
+pub fn start_reduction(
     parallel: &ExpertParallel,
     tensor: &str,
     data: Option<Vec<f32>>,

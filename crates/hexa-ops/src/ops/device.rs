@@ -13,12 +13,17 @@ pub(crate) fn empty<R: CubeRuntime>(
     shape: impl Into<Shape>,
     dtype: DType,
 ) -> CubeTensor<R> {
-    empty_device_contiguous_dtype(
+    #[cfg(feature = "testing")]
+    crate::testing::memory::note(&like.client);
+    let tensor = empty_device_contiguous_dtype(
         like.client.clone(),
         like.device.clone(),
         shape.into(),
         dtype,
-    )
+    );
+    #[cfg(feature = "testing")]
+    crate::testing::memory::note(&like.client);
+    tensor
 }
 
 /// Contiguous tensor of zeros on the device of `like`.

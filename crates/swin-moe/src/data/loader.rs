@@ -10,7 +10,7 @@ use hexa_moe::parallel::split_proportional;
 use super::batch::Batch;
 use super::dataset::Dataset;
 use super::error::DataError;
-use super::random::shuffled;
+use super::random::{batch_stream, shuffled};
 
 /// Batches that each worker prepares ahead.
 const AHEAD: usize = 2;
@@ -207,17 +207,21 @@ impl Worker {
     fn prepare(&self, position: usize) -> Result<Batch, DataError> {
         let first = position * self.batch_size;
         let last = (first + self.batch_size).min(self.order.len());
+        // Images are mixed with others of the whole batch, which is then needed on every rank.
+        let mixer = self.dataset.mixer();
         let (first, last) = match &self.part {
-            None => (first, last),
-            Some(part) => {
+            Some(part) if mixer.is_none() => {
                 let part = part.of(last - first)?;
                 (first + part.start, first + part.end)
             }
+            _ => (first, last),
         };
         let [channels, height, width] = self.dataset.image_shape();
         let mut batch = Batch {
             images: Vec::with_capacity((last - first) * channels * height * width),
             labels: Vec::with_capacity(last - first),
+            partners: None,
+            share: 1.0,
             indices: Vec::with_capacity(last - first),
             shape: [0, channels, height, width],
             position,
@@ -232,6 +236,14 @@ impl Worker {
             }
         }
         batch.shape[0] = batch.labels.len();
+        if let Some(mixer) = mixer {
+            let [seed, epoch] = self.seed_and_epoch;
+            mixer.apply(&mut batch, &mut batch_stream(seed, epoch, position));
+            if let Some(part) = &self.part {
+                let part = part.of(batch.len())?;
+                batch = batch.part(part);
+            }
+        }
         Ok(batch)
     }
 }

@@ -94,7 +94,9 @@ impl<B: ExpertOps> SwinBlock<B> {
         if let FeedForward::Moe(moe) = &self.mlp {
             moe.prefetch()?;
         }
-        let skip = |branch| drop_path(branch, batch, self.drop_path);
+        // Branches may come in half precision; the residual stream stays as it is.
+        let dtype = x.dtype();
+        let skip = |branch: Tensor<B, 2>| drop_path(branch.cast(dtype), batch, self.drop_path);
         let attended = self.attn.forward(self.norm1.forward(x.clone()))?;
         let x = x + skip(attended);
 

@@ -2,6 +2,7 @@
 
 use hexa_ops::ExpertOps;
 
+use super::classes::Confusion;
 use super::device::{read, upload};
 use super::error::Result;
 use super::images::TestImages;
@@ -16,6 +17,8 @@ pub struct Evaluation {
     pub tally: Tally,
     /// Experts' load.
     pub loads: LoadTally,
+    /// What each class was taken for.
+    pub confusion: Confusion,
 }
 
 /// Runs the model over all test images, the last partial batch included.
@@ -50,6 +53,7 @@ pub(super) fn evaluate_together<B: ExpertOps>(
             let output = model.forward(images)?;
             let logits = read(output.logits.clone(), "scores")?;
             evaluation.tally.add(&logits.values, &labels);
+            evaluation.confusion.add(&logits.values, &labels);
             output
         };
         let reports = output
@@ -60,5 +64,6 @@ pub(super) fn evaluate_together<B: ExpertOps>(
         evaluation.loads.add(&reports);
     }
     evaluation.tally = ranks.sum_tally(evaluation.tally)?;
+    evaluation.confusion = ranks.sum_confusion(evaluation.confusion)?;
     Ok(evaluation)
 }

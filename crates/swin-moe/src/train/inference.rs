@@ -12,14 +12,15 @@ use super::error::{Result, TrainError};
 use super::evaluate::{Evaluation, evaluate_together};
 use super::faults::DeviceFaults;
 use super::images::{TestImages, prepare_file};
+use super::optimizer::averages;
 use super::params::{read_params, write_params};
 use super::ranks::{RankJob, Ranks, Seat, launch};
 use super::request::ParallelOverrides;
 use super::run_dir::RunDir;
 use super::setup::check_classes;
 use super::tally::softmax;
-use crate::backend::{BackendKind, Job, dispatch};
-use crate::config::{Config, DataSource};
+use crate::backend::{BackendKind, Job, check_precision, dispatch};
+use crate::config::{Config, DataSource, Precision};
 use crate::memory::{Held, check_fits};
 use crate::model::SwinMoe;
 use crate::settings::model_config;
@@ -81,6 +82,12 @@ impl Trained {
         Ok(self)
     }
 
+    /// Has the model computed in another arithmetic than it was trained in.
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        self.config.train.precision = precision;
+        self
+    }
+
     /// Where the run stood.
     pub fn state(&self) -> &RunState {
         &self.checkpoint.state
@@ -135,6 +142,15 @@ impl Trained {
         dispatch(backend, job)?
     }
 
+    /// The model on a device that computes in its arithmetic, without autodiff.
+    fn model_to_run<B: TrainingBackend>(
+        self,
+        device: &B::Device,
+    ) -> Result<(SwinMoe<B::InnerBackend>, RunState, Config)> {
+        check_precision::<B>(device, self.config.train.precision)?;
+        self.model::<B>(device)
+    }
+
     /// The model on a device, without autodiff.
     fn model<B: TrainingBackend>(
         self,
@@ -144,12 +160,13 @@ impl Trained {
         let config = model_config(&self.config, state.class_names.len())?;
         check_fits(&config, Held::Parameters, 1)?;
         let model = config.init::<B::InnerBackend>(device)?;
-        let model = write_params(model, self.checkpoint.model).map_err(|reason| {
-            TrainError::Checkpoint {
-                path: self.path,
-                reason,
-                remedy: "it was written by another version of this program",
-            }
+        // What was evaluated in training: the moving averages, where there are any.
+        let mut params = self.checkpoint.model;
+        params.extend(averages(&self.checkpoint.optimizer));
+        let model = write_params(model, params).map_err(|reason| TrainError::Checkpoint {
+            path: self.path,
+            reason,
+            remedy: "it was written by another version of this program",
         })?;
         Ok((model, state, self.config))
     }
@@ -166,9 +183,9 @@ impl RankJob for Evaluate {
 
     fn run<B: TrainingBackend>(self, device: &B::Device, seat: Seat) -> Result<Self::Output> {
         let faults = self.trained.faults.clone();
-        let (model, _, config) = self.trained.model::<B>(device)?;
+        let (model, _, config) = self.trained.model_to_run::<B>(device)?;
         let batch_size = config.train.eval_batch_size;
-        let (ranks, model) = Ranks::join(&seat, &config.parallel, model)?;
+        let (ranks, model) = Ranks::join(&seat, &config, model)?;
         let result = evaluate_together(&ranks, &model, &self.images, batch_size, device)?;
         faults.check("while images were evaluated")?;
         Ok(ranks.is_lead().then_some(result))
@@ -194,7 +211,7 @@ impl Job for Predict {
 
     fn run<B: TrainingBackend>(self, device: &B::Device) -> Self::Output {
         let faults = self.trained.faults.clone();
-        let (model, state, config) = self.trained.model::<B>(device)?;
+        let (model, state, config) = self.trained.model_to_run::<B>(device)?;
         let (channels, size) = (config.model.in_chans, config.model.image_size);
         let mut predictions = Vec::with_capacity(self.files.len());
         for files in self.files.chunks(PREDICT_BATCH) {

@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
+use hexa_moe::parallel::ParallelPlan;
+
 use super::faults::DeviceFaults;
 use super::interrupt::StopFlag;
 use super::metrics::EvalRecord;
 use super::progress::Verbosity;
-use super::ranks::ParallelPlan;
 use super::run_dir::RunDir;
 use crate::backend::BackendKind;
 use crate::config::{Config, ConfigError, Engine, Mode};

@@ -12,8 +12,8 @@ use super::error::{Result, TrainError};
 use super::evaluate::evaluate_together;
 use super::images::Images;
 use super::loss::cross_entropy;
-use super::metrics::{EvalRecord, LayerLoad, MetricsWriter, Record, StepRecord};
-use super::optimizer::AdamW;
+use super::metrics::{EvalRecord, LayerLoad, MetricsWriter, Record, StepRecord, WORST_CLASSES};
+use super::optimizer::{AdamW, FlatGradients};
 use super::params::read_params;
 use super::progress::Progress;
 use super::random::step_seed;
@@ -68,6 +68,26 @@ struct StepTrace<B: TrainingBackend> {
     grad_norm: Tensor<B::InnerBackend, 1>,
     loads: Vec<hexa_moe::LoadStats<B>>,
     lr: f64,
+}
+
+/// Sums over the parts of a step.
+struct PartSums<B: TrainingBackend> {
+    ce_loss: Tensor<B::InnerBackend, 1>,
+    aux_loss: Tensor<B::InnerBackend, 1>,
+    gradients: FlatGradients<B::InnerBackend>,
+    /// Those of the last part.
+    loads: Vec<hexa_moe::LoadStats<B>>,
+}
+
+impl<B: TrainingBackend> PartSums<B> {
+    fn plus(self, other: Self) -> Self {
+        PartSums {
+            ce_loss: self.ce_loss + other.ce_loss,
+            aux_loss: self.aux_loss + other.aux_loss,
+            gradients: self.gradients.plus(other.gradients),
+            loads: other.loads,
+        }
+    }
 }
 
 /// Images and time since the last log line, evaluations and checkpoints left out.
@@ -184,32 +204,31 @@ impl<B: TrainingBackend> Session<'_, B> {
             step_seed(self.config.train.seed, self.place.step),
         );
         let position = batch.position as u64;
-        let (ce_loss, output) = if batch.is_empty() {
-            let output = self.model.forward_without_images(self.device)?;
-            (Tensor::zeros([1], self.device), output)
-        } else {
-            let (images, labels) = device::upload::<B>(batch, self.device);
-            let output = self.model.forward(images)?;
-            let smoothing = self.config.train.label_smoothing;
-            let ce_loss = cross_entropy(output.logits.clone(), labels, smoothing);
-            (ce_loss, output)
-        };
-        let ce_loss = if share.local == share.global {
-            ce_loss
-        } else {
-            share.weigh(ce_loss)
-        };
-        let gradients = (ce_loss.clone() + output.aux_loss.clone()).backward();
-        let (model, grad_norm) = self.ranks.update(
-            &mut self.optimizer,
-            self.model.clone(),
+        let parts = self.config.train.accumulation_steps;
+        let mut sums: Option<PartSums<B>> = None;
+        for part in self.ranks.parts(batch, parts) {
+            let Some(part) = self.part(part, share.global)? else {
+                continue;
+            };
+            sums = Some(match sums {
+                Some(sums) => sums.plus(part),
+                None => part,
+            });
+        }
+        let Some(PartSums {
+            ce_loss,
+            aux_loss,
             gradients,
-            share.local == 0,
-            lr,
-        )?;
+            loads,
+        }) = sums
+        else {
+            return Ok(None);
+        };
+        let (model, grad_norm) =
+            self.ranks
+                .update(&mut self.optimizer, self.model.clone(), gradients, lr)?;
         self.model = model;
 
-        let (ce_loss, aux_loss) = (ce_loss.inner(), output.aux_loss.inner());
         let place = &mut self.place;
         place.ce_sum = place.ce_sum.clone() + ce_loss.clone();
         place.aux_sum = place.aux_sum.clone() + aux_loss.clone();
@@ -220,8 +239,44 @@ impl<B: TrainingBackend> Session<'_, B> {
             ce_loss,
             aux_loss,
             grad_norm,
-            loads: output.loads,
+            loads,
             lr,
+        }))
+    }
+
+    /// Losses and gradients of a part of a step's images, weighted by its share of them; none
+    /// without images on any rank.
+    fn part(&self, part: Batch, images: usize) -> Result<Option<PartSums<B>>> {
+        let share = self.ranks.share(part.len(), images)?;
+        if share.global == 0 {
+            return Ok(None);
+        }
+        let (ce_loss, output) = if part.is_empty() {
+            let output = self.model.forward_without_images(self.device)?;
+            (Tensor::zeros([1], self.device), output)
+        } else {
+            let (images, targets) = device::upload::<B>(part, self.device);
+            let output = self.model.forward(images)?;
+            let smoothing = self.config.train.label_smoothing;
+            let ce_loss = cross_entropy(output.logits.clone(), targets, smoothing);
+            (ce_loss, output)
+        };
+        let weigh = |loss: Tensor<B, 1>, of: usize| match of == images {
+            true => loss,
+            false => loss * (of as f64 / images as f64),
+        };
+        let ce_loss = weigh(ce_loss, share.local);
+        let aux_loss = weigh(output.aux_loss, share.global);
+        let gradients = (ce_loss.clone() + aux_loss.clone()).backward();
+        Ok(Some(PartSums {
+            ce_loss: ce_loss.inner(),
+            aux_loss: aux_loss.inner(),
+            gradients: self.optimizer.gradients_or_zeros(
+                &self.model,
+                gradients,
+                share.local == 0,
+            )?,
+            loads: output.loads,
         }))
     }
 
@@ -328,12 +383,14 @@ impl<B: TrainingBackend> Session<'_, B> {
         let batches = self.place.batch.max(1) as f32;
         let result = evaluate_together(
             &self.ranks,
-            &self.model.valid(),
+            &self.optimizer.averaged(self.model.valid()),
             &self.images.test,
             self.config.train.eval_batch_size,
             self.device,
         )?;
         self.check_device()?;
+        let mut worst_classes = result.confusion.scores(self.images.class_names());
+        worst_classes.truncate(WORST_CLASSES);
         let record = EvalRecord {
             step: self.place.step,
             epoch,
@@ -344,6 +401,7 @@ impl<B: TrainingBackend> Session<'_, B> {
             train_ce_loss: ce_sum / batches,
             train_aux_loss: aux_sum / batches,
             layers: result.loads.loads(),
+            worst_classes,
         };
         self.progress.eval(&record);
         self.metrics.append(&Record::Eval(record.clone()))?;

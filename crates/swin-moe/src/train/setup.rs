@@ -21,7 +21,7 @@ use super::request::{Control, Outcome, ResumeRequest, TrainRequest};
 use super::run_dir::RunDir;
 use super::schedule::Schedule;
 use super::session::{Place, Session};
-use crate::backend::BackendKind;
+use crate::backend::{BackendKind, check_precision};
 use crate::config::{Config, DataSource, TrainConfig};
 use crate::memory::{Held, check_fits};
 use crate::model::SwinMoe;
@@ -109,7 +109,7 @@ impl RankJob for Start {
         let config = request.config;
         let classes = images.class_names().len();
         let model = seat.in_turn(|| new_model::<B>(&config, classes, request.backend, device))?;
-        let (ranks, model) = Ranks::join(&seat, &config.parallel, model)?;
+        let (ranks, model) = Ranks::join(&seat, &config, model)?;
         let optimizer = ranks.optimizer(adamw_config(&config.train), &model);
         let output = ranks.agree_on(&request.output)?;
         let (run, metrics) = if ranks.is_lead() {
@@ -175,7 +175,7 @@ impl RankJob for Continue {
         let classes = state.class_names.len();
         let model = new_model::<B>(&self.config, classes, self.backend, device)?;
         let model = write_params(model, weights).map_err(unfit)?;
-        let (ranks, model) = Ranks::join(&seat, &self.config.parallel, model)?;
+        let (ranks, model) = Ranks::join(&seat, &self.config, model)?;
         let mut optimizer = ranks.optimizer(adamw_config(&self.config.train), &model);
         // Imported weights come without moments: the run then starts with them.
         if state.step > 0 || !moments.is_empty() {
@@ -234,6 +234,7 @@ pub(crate) fn new_model<B: TrainingBackend>(
     device: &B::Device,
 ) -> Result<SwinMoe<B>> {
     let model = model_config(config, num_classes)?;
+    check_precision::<B>(device, config.train.precision)?;
     // A GPU has memory of its own, and says so itself when it runs out.
     if backend == BackendKind::Cpu {
         check_fits(&model, Held::TrainingState, config.train.batch_size)?;
@@ -249,6 +250,7 @@ fn adamw_config(train: &TrainConfig) -> AdamWConfig {
         epsilon: train.eps,
         weight_decay: train.weight_decay,
         clip_grad_norm: train.clip_grad.unwrap_or(0.0),
+        ema_decay: train.ema_decay,
     }
 }
 
@@ -323,6 +325,7 @@ fn facts(parts: &Parts, schedule: &Schedule) -> Facts {
         name: parts.name.clone(),
         lines: vec![
             line("back-end", parts.backend.to_string()),
+            line("arithmetic", config.train.precision.name().to_owned()),
             line("seed", config.train.seed.to_string()),
             line(
                 "images",
@@ -336,6 +339,7 @@ fn facts(parts: &Parts, schedule: &Schedule) -> Facts {
             line("ranks", parts.ranks.place().1.to_string()),
             line("steps", schedule.total_steps.to_string()),
             line("batch size", config.train.batch_size.to_string()),
+            line("augmentation", config.augment.summary()),
             line(
                 "experts",
                 format!("{}, top {}", config.moe.num_experts, config.moe.top_k),

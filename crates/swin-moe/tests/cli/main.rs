@@ -11,4 +11,5 @@ mod files;
 mod harness;
 mod loader;
 mod ranks;
+mod recipe;
 mod runs;

@@ -13,6 +13,7 @@
 mod agreement;
 mod error;
 pub mod local;
+mod metered;
 #[cfg(feature = "mpi")]
 pub mod mpi;
 #[cfg(any(feature = "mpi", test))]
@@ -20,6 +21,7 @@ mod wire;
 
 pub(crate) use agreement::part;
 pub use error::CommError;
+pub use metered::{Meter, Metered, Traffic};
 
 use core::fmt;
 

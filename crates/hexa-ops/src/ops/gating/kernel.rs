@@ -5,11 +5,14 @@ use cubecl::prelude::*;
 /// Softmax and the `top_k` largest probabilities, one unit per token.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub fn topk_softmax<F: Float, A: Float, I: Int>(
-    logits: &Tensor<F>,
+    logits: &Array<F>,
     probs: &mut Array<F>,
     weights: &mut Array<F>,
     expert_ids: &mut Array<I>,
     tokens: usize,
+    num_experts: usize,
+    row_stride: usize,
+    step: usize,
     top_k: usize,
     epsilon: InputScalar,
     #[comptime] normalize: bool,
@@ -19,9 +22,7 @@ pub fn topk_softmax<F: Float, A: Float, I: Int>(
     if token >= tokens {
         terminate!();
     }
-    let num_experts = logits.shape(1);
-    let row = token * logits.stride(0);
-    let step = logits.stride(1);
+    let row = token * row_stride;
 
     let mut largest = sort_key::<A>(A::cast_from(logits[row]));
     for e in 1..num_experts {
@@ -79,11 +80,13 @@ fn sort_key<A: Float>(logit: A) -> A {
 /// Gradient of the probabilities from that of the weights, one unit per probability.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub fn topk_weights_vjp<F: Float, A: Float, I: Int>(
-    probs: &Tensor<F>,
-    expert_ids: &Tensor<I>,
-    grad_weights: &Tensor<F>,
+    probs: &Array<F>,
+    expert_ids: &Array<I>,
+    grad_weights: &Array<F>,
     grad_probs: &mut Array<F>,
     num_elements: usize,
+    num_experts: usize,
+    top_k: usize,
     epsilon: InputScalar,
     #[comptime] normalize: bool,
     #[define(F, A, I)] _dtypes: [StorageType; 3],
@@ -91,8 +94,6 @@ pub fn topk_weights_vjp<F: Float, A: Float, I: Int>(
     if ABSOLUTE_POS >= num_elements {
         terminate!();
     }
-    let num_experts = probs.shape(1);
-    let top_k = expert_ids.shape(1);
     let token = ABSOLUTE_POS / num_experts;
     let expert = ABSOLUTE_POS % num_experts;
 
@@ -101,13 +102,12 @@ pub fn topk_weights_vjp<F: Float, A: Float, I: Int>(
     let mut direct = A::new(0.0);
     let mut chosen = false;
     for j in 0..top_k {
-        let id = expert_ids[token * expert_ids.stride(0) + j * expert_ids.stride(1)];
+        let id = expert_ids[token * top_k + j];
         let last = I::cast_from((num_experts - 1) as u32);
         let id = u32::cast_from(max(min(id, last), I::from_int(0))) as usize;
-        let grad =
-            A::cast_from(grad_weights[token * grad_weights.stride(0) + j * grad_weights.stride(1)]);
+        let grad = A::cast_from(grad_weights[token * top_k + j]);
         if normalize {
-            let p = A::cast_from(probs[token * probs.stride(0) + id * probs.stride(1)]);
+            let p = A::cast_from(probs[token * num_experts + id]);
             sum += p;
             dot += grad * p;
         }
@@ -133,27 +133,25 @@ pub fn topk_weights_vjp<F: Float, A: Float, I: Int>(
 /// `p · (g − Σ g p)`, one unit per token.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub fn softmax_vjp<F: Float, A: Float>(
-    probs: &Tensor<F>,
-    grad: &Tensor<F>,
+    probs: &Array<F>,
+    grad: &Array<F>,
     grad_logits: &mut Array<F>,
     tokens: usize,
+    num_experts: usize,
     #[define(F, A)] _dtypes: [StorageType; 2],
 ) {
     let token = ABSOLUTE_POS;
     if token >= tokens {
         terminate!();
     }
-    let num_experts = probs.shape(1);
-    let p_row = token * probs.stride(0);
-    let g_row = token * grad.stride(0);
+    let row = token * num_experts;
     let mut dot = A::new(0.0);
     for e in 0..num_experts {
-        dot += A::cast_from(probs[p_row + e * probs.stride(1)])
-            * A::cast_from(grad[g_row + e * grad.stride(1)]);
+        dot += A::cast_from(probs[row + e]) * A::cast_from(grad[row + e]);
     }
     for e in 0..num_experts {
-        let p = A::cast_from(probs[p_row + e * probs.stride(1)]);
-        let g = A::cast_from(grad[g_row + e * grad.stride(1)]);
-        grad_logits[token * num_experts + e] = F::cast_from(p * (g - dot));
+        let p = A::cast_from(probs[row + e]);
+        let g = A::cast_from(grad[row + e]);
+        grad_logits[row + e] = F::cast_from(p * (g - dot));
     }
 }

@@ -1,7 +1,7 @@
 //! Host's side of the gating.
 
 use burn::tensor::DType;
-use burn_cubecl::{CubeRuntime, tensor::CubeTensor};
+use burn_cubecl::{CubeRuntime, kernel::into_contiguous, tensor::CubeTensor};
 use cubecl::prelude::InputScalar;
 
 use super::kernel::{softmax_vjp, topk_softmax, topk_weights_vjp};
@@ -32,6 +32,7 @@ pub fn topk_gating<R: CubeRuntime>(
     }
     let client = logits.client.clone();
     let (cube_count, cube_dim) = unit_per_item(&client, tokens);
+    let (row_stride, step) = (logits.meta.strides()[0], logits.meta.strides()[1]);
     let address = address_type(&[&logits, &gating.probs, &gating.weights, &gating.expert_ids]);
     // SAFETY: units past the last token leave at once; chosen ids are below `num_experts` for
     // any logits; the outputs have the shapes that the indices are computed from.
@@ -41,11 +42,14 @@ pub fn topk_gating<R: CubeRuntime>(
             cube_count,
             cube_dim,
             address,
-            logits.into_tensor_arg(),
+            logits.into_array_arg(),
             gating.probs.clone().into_array_arg(),
             gating.weights.clone().into_array_arg(),
             gating.expert_ids.clone().into_array_arg(),
             tokens,
+            num_experts,
+            row_stride,
+            step,
             top_k,
             epsilon(dtype),
             normalize,
@@ -75,6 +79,8 @@ pub fn topk_weights_backward<R: CubeRuntime>(
         return grad_probs;
     }
     let client = probs.client.clone();
+    let top_k = dim(&expert_ids, 1);
+    let [probs, expert_ids, grad_weights] = [probs, expert_ids, grad_weights].map(into_contiguous);
     let (cube_count, cube_dim) = unit_per_item(&client, num_elements);
     let address = address_type(&[&probs, &expert_ids, &grad_weights, &grad_probs]);
     let dtypes = [
@@ -89,11 +95,13 @@ pub fn topk_weights_backward<R: CubeRuntime>(
             cube_count,
             cube_dim,
             address,
-            probs.into_tensor_arg(),
-            expert_ids.into_tensor_arg(),
-            grad_weights.into_tensor_arg(),
+            probs.into_array_arg(),
+            expert_ids.into_array_arg(),
+            grad_weights.into_array_arg(),
             grad_probs.clone().into_array_arg(),
             num_elements,
+            num_experts,
+            top_k,
             epsilon(dtype),
             normalize,
             dtypes,
@@ -118,6 +126,7 @@ pub fn softmax_backward<R: CubeRuntime>(
         return grad_logits;
     }
     let client = probs.client.clone();
+    let [probs, grad] = [probs, grad].map(into_contiguous);
     let (cube_count, cube_dim) = unit_per_item(&client, tokens);
     let address = address_type(&[&probs, &grad, &grad_logits]);
     // SAFETY: units past the last token leave at once; all three tensors have one shape.
@@ -127,10 +136,11 @@ pub fn softmax_backward<R: CubeRuntime>(
             cube_count,
             cube_dim,
             address,
-            probs.into_tensor_arg(),
-            grad.into_tensor_arg(),
+            probs.into_array_arg(),
+            grad.into_array_arg(),
             grad_logits.clone().into_array_arg(),
             tokens,
+            num_experts,
             [dtype.into(), accumulator(dtype).into()],
         );
     }

@@ -3,31 +3,28 @@
 // One persistent kernel, compiled for one of two problems over positions in expert order:
 //
 //   ROWS  (ESMM)    out[p, n]    = epilogue(sum_k a[row(p), k] * b[expert(p)][k, n])
-//   SUMS  (ESTMM)   out[e][m, n] = sum over the positions p of expert e of a[row(p), m] * b[row(p), n]
+//   SUMS  (ESTMM)   out[e][m, n] = sum over positions p of expert e of a[row(p), m] * b[row(p), n]
 //
-// A cube has one warpgroup that copies operands into a ring of stages and two that multiply, each 64
-// rows of a tile. Copies of the next tile are under way during a tile's epilogue.
+// A cube has two warpgroups that multiply, each 64 rows of a tile, and one that copies operands
+// into a ring of stages. Copies of the next tile are under way during a tile's epilogue.
 //
 // What bounds such a kernel is the second-level cache: 128 x 256 tiles at 800 TFLOP/s would read
 // 9 TB/s from it, and 6 to 7 are there. Therefore two cubes form a cluster that works on tiles one
 // above the other, and share b: each copies half of it, by bulk tensor copies into both. Rows of a
-// are gathered by 16-byte asynchronous copies, with zeros for what is missing.
+// that lie in expert order come by bulk tensor copies (A_BULK), others are gathered by asynchronous
+// copies of 16 bytes, with zeros for what is missing.
 //
 // The launcher puts these definitions in front (see source.rs): BN, STAGES, TOP_K, the registers
-// per thread, and the function wgmma(); PROBLEM_SUMS, A_SOURCE, B_TRANSPOSED, OUT_SOURCE,
+// per thread, and the function wgmma(); PROBLEM_SUMS, A_SOURCE, A_BULK, B_TRANSPOSED, OUT_SOURCE,
 // OUT_TRANSPOSED, EPILOGUE, ACTIVATION, GATED, HAS_BIAS, HAS_GATES, IS_F16, SPLIT.
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
 
 #define BM 128
 #define BK 64
 #define CONSUMER_WARPS 8
 #define ACCUMULATORS (BN / 2)
+#define CONSUMERS 256
 #define PRODUCERS 128
-#define CLUSTER 2
+#define LINES (PRODUCERS / 8)  // rows that all producers copy 128 bytes of at a time
 #define GROUP_M 8  // pairs of row tiles
 
 // Row of a matrix for a position: the position itself, its slot, or its slot's token.
@@ -39,14 +36,7 @@ typedef unsigned long long u64;
 #define EPILOGUE_ACTIVATE 1      // out = acc + bias, out2 = act(out)
 #define EPILOGUE_ACTIVATE_VJP 2  // acc is the gradient of act(h), before gate weighting:
                                  // out = gate * acc * act'(h), out2 = gate * act(h), and
-                                 // gate_parts[column tile][slot] = sum over its columns of acc * act(h)
-
-#define GELU 0
-#define GELU_TANH 1
-#define RELU 2
-#define SILU 3
-
-struct __align__(64) TensorMap { u64 opaque[16]; };
+                                 // gate_parts[column tile][slot] = sum of its acc * act(h)
 
 struct Params {
   u64 num_experts;
@@ -56,6 +46,9 @@ struct Params {
   u64 lda;    // elements from row to row of a
   u64 chunk;  // SUMS, SPLIT: positions in one part
   u64 num_slots;
+  u64 bias_stride;  // elements from expert to expert
+  u64 h_stride;     // elements from row to row of the pre-activation and its gradient
+  u64 out_stride;   // SUMS: elements from expert to expert of the result
 };
 
 // ---- Stages ----
@@ -64,114 +57,15 @@ struct Params {
 #define A_BYTES (BM * BK * 2)
 #define B_BYTES (BN * BK * 2)
 #define STAGE_BYTES (A_BYTES + B_BYTES)
-// The activation's gradient also needs the pre-activation's tile. It comes through the ring as well,
-// behind the operands, in steps of 128 rows x H_COLUMNS in rows of 256 bytes, swizzled alike.
+// The activation's gradient also needs the pre-activation's tile. It comes through the ring as
+// well, behind the operands, in steps of 128 rows x H_COLUMNS in rows of 256 bytes, swizzled alike.
 #define H_COLUMNS (BN == 192 ? 96 : 128)
 #define H_STEPS (EPILOGUE == EPILOGUE_ACTIVATE_VJP ? BN * (1 + GATED) / H_COLUMNS : 0)
-// Epilogue: each warp transposes 16 x 32 sums at a time; rows are padded against bank conflicts.
-#define PATCH_COLUMNS 32
-#define PATCH_STRIDE 40
-#define PATCH_FLOATS (16 * PATCH_STRIDE)
-#define PATCH_BYTES (CONSUMER_WARPS * PATCH_FLOATS * 4)
+// Epilogue: each warp passes 16 rows x 64 columns of results at a time through shared memory.
+#define PATCH_BYTES (CONSUMER_WARPS * 2048)
 // Dynamic shared memory: the stages, the patches, then barriers, then the experts' tile table.
 #define SHARED_BARRIERS (STAGES * STAGE_BYTES + PATCH_BYTES)
 #define SHARED_TABLE (SHARED_BARRIERS + STAGES * 16)
-
-__device__ __forceinline__ u32 shared_address(const void* p) {
-  return (u32)__cvta_generic_to_shared(p);
-}
-
-__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive_expecting(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-
-// Arrives at the barrier at this address of cube `rank` of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(barrier),
-      "r"(rank) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra over;\nbra again;\nover:\n}\n" ::"r"(barrier), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
-               ::: "memory");
-}
-
-// Copies a box of a tensor into the same place of every cube of the cluster.
-__device__ __forceinline__ void copy_box(u32 target, const TensorMap* map, int column, int row,
-                                         int matrix, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(target), "l"(map), "r"(column),
-      "r"(row), "r"(matrix), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
-}
-
-// Copies 16 bytes, or writes zeros if `valid` is false; `source` is not read then.
-__device__ __forceinline__ void copy16(u32 target, const u16* source, bool valid) {
-  u32 bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
-               "r"(bytes) : "memory");
-}
-
-// Arrives at the barrier once all copies that this thread has asked for are done.
-__device__ __forceinline__ void arrive_after_copies(u32 barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
-// Descriptor of an operand with the 128-byte swizzle. `lead` is the distance of its blocks of 64
-// along the rows' direction (read only if the operand is stored with the summed dimension first).
-__device__ __forceinline__ u64 descriptor(u32 address, u32 lead) {
-  return (u64)((address & 0x3ffff) >> 4) | ((u64)(lead >> 4) << 16) | ((u64)(1024 >> 4) << 32) |
-         ((u64)1 << 62);
-}
-
-// ---- Numbers ----
-#if IS_F16
-__device__ __forceinline__ float low_float(u32 pair) {
-  float f; u16 h = (u16)pair; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f;
-}
-__device__ __forceinline__ float high_float(u32 pair) { return low_float(pair >> 16); }
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 pair; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low)); return pair;
-}
-#else
-__device__ __forceinline__ float low_float(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_float(u32 pair) {
-  return __uint_as_float(pair & 0xffff0000u);
-}
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 pair; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low)); return pair;
-}
-#endif
-
-__device__ __forceinline__ void unpack8(uint4 packed, float* values) {
-  values[0] = low_float(packed.x); values[1] = high_float(packed.x);
-  values[2] = low_float(packed.y); values[3] = high_float(packed.y);
-  values[4] = low_float(packed.z); values[5] = high_float(packed.z);
-  values[6] = low_float(packed.w); values[7] = high_float(packed.w);
-}
-
-__device__ __forceinline__ uint4 pack8(const float* v) {
-  return make_uint4(pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7]));
-}
 
 // ---- Where tiles lie ----
 struct Tile {
@@ -182,9 +76,12 @@ struct Tile {
   int part;   // SUMS: slab of the partial sums, or -1 for the result itself
 };
 
-// Tiles before each expert, and (SPLIT) slabs of partial sums before it.
+// Tiles before each expert, and (SPLIT) slabs of partial sums before it, in the order in which
+// experts are worked on: in SUMS those with the longest sums first, so that no cluster begins with
+// one when the others are nearly done.
 struct Table {
-  int* begin;  // [num_experts + 1] positions
+  int* begin;  // [num_experts + 1] positions, by expert
+  int* order;  // [num_experts] experts
   int* tiles;  // [num_experts + 1]
   int* parts;  // [num_experts + 1]
 };
@@ -202,13 +99,26 @@ __device__ __forceinline__ void build_table(Table table, const int* offsets, con
   int n_tiles = ((int)p.n + BN - 1) / BN;
   for (int e = threadIdx.x; e <= experts; e += blockDim.x) table.begin[e] = offsets[e];
   __syncthreads();
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) {
+    int rank = e;
+#if PROBLEM_SUMS
+    int rows = table.begin[e + 1] - table.begin[e];
+    rank = 0;
+    for (int other = 0; other < experts; ++other) {
+      int others = table.begin[other + 1] - table.begin[other];
+      rank += others > rows || (others == rows && other < e);
+    }
+#endif
+    table.order[rank] = e;
+  }
+  __syncthreads();
   if (threadIdx.x < 32) {
     int lane = threadIdx.x, tiles = 0, slabs = 0;
     if (lane == 0) table.tiles[0] = table.parts[0] = 0;
     for (int base = 0; base < experts; base += 32) {
       int e = base + lane, own = 0, own_slabs = 0;
       if (e < experts) {
-        int rows = table.begin[e + 1] - table.begin[e];
+        int rows = table.begin[table.order[e] + 1] - table.begin[table.order[e]];
 #if PROBLEM_SUMS
         int parts = parts_of(rows, p);
         own = parts * (((int)p.m + 2 * BM - 1) / (2 * BM)) * n_tiles;
@@ -218,7 +128,8 @@ __device__ __forceinline__ void build_table(Table table, const int* offsets, con
 #endif
       }
       for (int step = 1; step < 32; step *= 2) {
-        int left = __shfl_up_sync(~0u, own, step), left_slabs = __shfl_up_sync(~0u, own_slabs, step);
+        int left = __shfl_up_sync(~0u, own, step);
+        int left_slabs = __shfl_up_sync(~0u, own_slabs, step);
         if (lane >= step) { own += left; own_slabs += left_slabs; }
       }
       if (e < experts) { table.tiles[e + 1] = tiles + own; table.parts[e + 1] = slabs + own_slabs; }
@@ -239,8 +150,8 @@ __device__ __forceinline__ Tile find_tile(Table table, int index, int rank, cons
     if (table.tiles[middle] <= index) low = middle; else high = middle;
   }
   Tile tile;
-  tile.expert = low;
-  int begin = table.begin[low], rows = table.begin[low + 1] - begin;
+  tile.expert = table.order[low];
+  int begin = table.begin[tile.expert], rows = table.begin[tile.expert + 1] - begin;
   int n_tiles = ((int)p.n + BN - 1) / BN;
   int local = index - table.tiles[low];
 #if PROBLEM_SUMS
@@ -276,12 +187,13 @@ __device__ __forceinline__ int source_row(const int* slots, int position) {
 
 // ---- Copies ----
 #if PROBLEM_SUMS
-// Rows of a for a thread's four positions of a step.
+// Rows of a for a thread's positions of a step.
 __device__ __forceinline__ void find_rows(int* rows, const int* slots, int first, int valid_rows) {
-  int line = threadIdx.x >> 3;
+  int line = (threadIdx.x - CONSUMERS) >> 3;
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    rows[i] = line + 16 * i < valid_rows ? source_row<A_SOURCE>(slots, first + line + 16 * i) : 0;
+  for (int i = 0; i < BK / LINES; ++i)
+    rows[i] = line + LINES * i < valid_rows
+        ? source_row<A_SOURCE>(slots, first + line + LINES * i) : 0;
 }
 #endif
 
@@ -304,71 +216,28 @@ __device__ __forceinline__ void copy_b(u32 stage, const TensorMap* map, const Ti
 #endif
 }
 
-// ---- Activations ----
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;
-}
-
-__device__ __forceinline__ float reciprocal_fast(float x) {
-  float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;
-}
-
-// Distribution function of the normal distribution: 1/2 + x * Q(x * x) with |x| cut off at 4.5; Q
-// of degree 9 fitted for the least absolute error, which is below 1e-5, against 4e-3 that a bf16
-// near one is rounded by. (The error function's usual formulas need two slow operations, and this
-// is done as often as the matrix unit multiplies 2 x 384 numbers.)
-__device__ __forceinline__ float normal_cdf(float x) {
-  float c = fminf(fmaxf(x, -4.5f), 4.5f), u = c * c;
-  float q = fmaf(-1.72628643e-12f, u, 2.02239975e-10f);
-  q = fmaf(q, u, -1.05669411e-8f);
-  q = fmaf(q, u, 3.27888785e-7f);
-  q = fmaf(q, u, -6.81368329e-6f);
-  q = fmaf(q, u, 1.01733734e-4f);
-  q = fmaf(q, u, -1.14271371e-3f);
-  q = fmaf(q, u, 9.89176985e-3f);
-  q = fmaf(q, u, -6.64206743e-2f);
-  q = fmaf(q, u, 3.98924679e-1f);
-  return fmaf(c, q, 0.5f);
-}
-
-// Value and derivative of the activation of one number.
-__device__ __forceinline__ void activate(float h, float& value, float& slope) {
-#if ACTIVATION == GELU
-  float phi = normal_cdf(h);
-  value = h * phi;
-  slope = fmaf(h * 0.3989422804014327f, exp2_fast(-0.7213475204444817f * h * h), phi);
-#elif ACTIVATION == GELU_TANH
-  float inner = 0.7978845608028654f * fmaf(0.044715f * h * h, h, h);
-  float t = fmaf(-2.0f, reciprocal_fast(exp2_fast(2.8853900817779268f * inner) + 1.0f), 1.0f);
-  value = 0.5f * h * (1.0f + t);
-  slope = 0.5f * (1.0f + t) +
-          0.5f * h * (1.0f - t * t) * 0.7978845608028654f * fmaf(0.134145f * h, h, 1.0f);
-#elif ACTIVATION == RELU
-  value = fmaxf(h, 0.0f);
-  slope = h > 0.0f ? 1.0f : 0.0f;
-#else
-  float sigmoid = reciprocal_fast(1.0f + exp2_fast(-1.4426950408889634f * h));
-  value = h * sigmoid;
-  slope = sigmoid * fmaf(h, 1.0f - sigmoid, 1.0f);
-#endif
-}
-
 #if H_STEPS
-// Eight pre-activations of the tile, from the stages that begin with stage number `turn`.
-__device__ __forceinline__ uint4 ring_h(u32 base, int turn, int row, int column) {
-  u32 stage = base + (turn + column / H_COLUMNS) % STAGES * STAGE_BYTES;
-  int chunk = column % H_COLUMNS / 8;
-  uint4 packed;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(packed.x), "=r"(packed.y), "=r"(packed.z), "=r"(packed.w)
-               : "r"(stage + row * 256 + ((chunk ^ (row & 7)) << 4)));
-  return packed;
+// Pre-activations of the tile in the ring, whose stages begin with stage number `turn`: the warp's
+// 16 rows, and 16 columns from `column`, as patch_store() takes them.
+__device__ __forceinline__ void ring_h(u32* h, u32 base, int turn, int warp_row, int column) {
+  int lane = threadIdx.x % 32, matrix = lane >> 3;
+  int row = warp_row + (matrix & 1) * 8 + (lane & 7), at = column + (matrix >> 1) * 8;
+  u32 stage = base + (turn + at / H_COLUMNS) % STAGES * STAGE_BYTES;
+  int chunk = at % H_COLUMNS / 8;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(h[0]), "=r"(h[1]), "=r"(h[2]), "=r"(h[3])
+               : "r"(stage + row * 256 + ((chunk ^ (row & 7)) << 4)) : "memory");
 }
 #endif
 
 // ---- The kernel ----
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1) hexa_grouped(
-    const __grid_constant__ TensorMap b_map, const u16*, const u16* __restrict__ a,
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
+    __launch_bounds__(CONSUMERS + PRODUCERS, 1) hexa_grouped(
+    const __grid_constant__ TensorMap b_map,
+#if A_BULK
+    const __grid_constant__ TensorMap a_map, const u16*,
+#endif
+    const u16*, const u16* __restrict__ a,
     const int* __restrict__ slots, const int* __restrict__ offsets,
 #if HAS_BIAS
     const u16* __restrict__ bias,
@@ -391,7 +260,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
   u32 full = base + SHARED_BARRIERS, empty = full + STAGES * 8;
   Table table;
   table.begin = (int*)(shared + SHARED_TABLE);
-  table.tiles = table.begin + p.num_experts + 1;
+  table.order = table.begin + p.num_experts + 1;
+  table.tiles = table.order + p.num_experts;
   table.parts = table.tiles + p.num_experts + 1;
   int rank = blockIdx.x % CLUSTER;
   if (threadIdx.x == 0) {
@@ -405,24 +275,27 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
   cluster_sync();
   int num_tiles = table.tiles[p.num_experts];
 
-  if (threadIdx.x < PRODUCERS) {
+  if (threadIdx.x >= CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
-    int chunk = threadIdx.x & 7, line = threadIdx.x >> 3;
-    u32 swizzled = line * 128 + ((chunk ^ (line & 7)) << 4);
+    int producer = threadIdx.x - CONSUMERS;
+    int chunk = producer & 7, line = producer >> 3;
+    auto place = [&](int row) { return row * 128 + ((chunk ^ (row & 7)) << 4); };
     int turn = 0;
     for (int index = blockIdx.x / CLUSTER; index < num_tiles; index += gridDim.x / CLUSTER) {
       Tile tile = find_tile(table, index, rank, p);
 #if PROBLEM_SUMS
       int steps = (tile.len + BK - 1) / BK;
-      int rows[4];
+      int rows[BK / LINES];
+#if !A_BULK
       find_rows(rows, slots, tile.first, tile.len);
+#endif
 #else
       int steps = ((int)p.k + BK - 1) / BK;
-      u32 rows[BM / 16];
+      u32 rows[BM / LINES];
 #pragma unroll
-      for (int i = 0; i < BM / 16; ++i)
-        rows[i] = line + 16 * i < tile.len
-            ? source_row<A_SOURCE>(slots, tile.first + line + 16 * i) : 0;
+      for (int i = 0; i < BM / LINES; ++i)
+        rows[i] = line + LINES * i < tile.len
+            ? source_row<A_SOURCE>(slots, tile.first + line + LINES * i) : 0;
 #endif
       for (int step = 0; step < steps + H_STEPS; ++step, ++turn) {
         int s = turn % STAGES;
@@ -430,44 +303,71 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
         u32 stage = base + s * STAGE_BYTES;
 #if H_STEPS
         if (step >= steps) {
-          int h_chunk = threadIdx.x & 15, h_line = threadIdx.x >> 4;
-          u64 width = p.n * (1 + GATED);
+          int h_chunk = producer & 15, h_line = producer >> 4;
           int column = tile.n0 * (1 + GATED) + (step - steps) * H_COLUMNS + h_chunk * 8;
-          bool valid_column = h_chunk * 8 < H_COLUMNS && column < (int)width;
-          const u16* source = pre_activation + (u64)(tile.first + h_line) * width + column;
-          u32 target = stage + h_line * 256 + ((h_chunk ^ (h_line & 7)) << 4);
-#pragma unroll
-          for (int i = 0; i < BM / 8; ++i) {
-            bool valid = valid_column && h_line + 8 * i < tile.len;
-            copy16(target + i * 2048, valid ? source + (u64)(8 * i) * width : a, valid);
+          bool valid_column = h_chunk * 8 < H_COLUMNS && column < (int)p.n * (1 + GATED);
+          const u16* source = pre_activation + (u64)(tile.first + h_line) * p.h_stride + column;
+#pragma unroll 8
+          for (int i = 0; i < BM / (PRODUCERS / 16); ++i) {
+            int row = h_line + PRODUCERS / 16 * i;
+            bool valid = valid_column && row < tile.len;
+            copy16(stage + row * 256 + ((h_chunk ^ (row & 7)) << 4),
+                   valid ? source + (u64)(PRODUCERS / 16 * i) * p.h_stride : a, valid);
           }
-          if (threadIdx.x == 0) barrier_arrive(full + s * 8);
+          if (producer == 0) barrier_arrive(full + s * 8);
           arrive_after_copies(full + s * 8);
           continue;
         }
 #endif
-        if (threadIdx.x == 0) copy_b(stage + A_BYTES, &b_map, tile, step, rank, full + s * 8);
+#if A_BULK
+#if PROBLEM_SUMS
+        // What follows the expert's last row must count as zero: copied by hand.
+        bool in_bulk = tile.len - step * BK >= BK;
+#else
+        constexpr bool in_bulk = true;
+#endif
+        if (in_bulk) {
+          if (producer == 0) {
+            barrier_expect(full + s * 8, A_BYTES);
+#if PROBLEM_SUMS
+            copy_own_box(stage, &a_map, tile.m0, tile.first + step * BK, full + s * 8);
+            copy_own_box(stage + 8192, &a_map, tile.m0 + 64, tile.first + step * BK, full + s * 8);
+#else
+            copy_own_box(stage, &a_map, step * BK, tile.first, full + s * 8);
+#endif
+            copy_b(stage + A_BYTES, &b_map, tile, step, rank, full + s * 8);
+          }
+          barrier_arrive(full + s * 8);
+          continue;
+        }
+#endif
+        if (producer == 0) copy_b(stage + A_BYTES, &b_map, tile, step, rank, full + s * 8);
 #if PROBLEM_SUMS
         int valid_rows = tile.len - step * BK;
+#if A_BULK
+        find_rows(rows, slots, tile.first + step * BK, valid_rows);
+#endif
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < BK / LINES; ++i) {
           const u16* row = a + (u64)rows[i] * p.lda + tile.m0 + chunk * 8;
 #pragma unroll
           for (int block = 0; block < BM / 64; ++block) {
             bool valid =
-                line + 16 * i < valid_rows && tile.m0 + block * 64 + chunk * 8 < (int)p.m;
-            copy16(stage + swizzled + i * 2048 + block * 8192, valid ? row + block * 64 : a, valid);
+                line + LINES * i < valid_rows && tile.m0 + block * 64 + chunk * 8 < (int)p.m;
+            copy16(stage + place(line + LINES * i) + block * 8192, valid ? row + block * 64 : a,
+                   valid);
           }
         }
-        if (step + 1 < steps)
+        if (!A_BULK && step + 1 < steps)
           find_rows(rows, slots, tile.first + (step + 1) * BK, valid_rows - BK);
 #else
         int k = step * BK + chunk * 8;
         bool valid_k = k < (int)p.k;
 #pragma unroll
-        for (int i = 0; i < BM / 16; ++i) {
-          bool valid = valid_k && line + 16 * i < tile.len;
-          copy16(stage + swizzled + i * 2048, a + (valid ? (u64)rows[i] * p.lda + k : 0), valid);
+        for (int i = 0; i < BM / LINES; ++i) {
+          bool valid = valid_k && line + LINES * i < tile.len;
+          copy16(stage + place(line + LINES * i), a + (valid ? (u64)rows[i] * p.lda + k : 0),
+                 valid);
         }
 #endif
         arrive_after_copies(full + s * 8);
@@ -475,9 +375,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
-  int thread = threadIdx.x - PRODUCERS, warp = thread / 32, lane = thread % 32;
+  int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   int group = warp / 4;
-  float* patch = (float*)(shared + STAGES * STAGE_BYTES) + warp * PATCH_FLOATS;
+  u32 patch = base + STAGES * STAGE_BYTES + warp * 2048;
   int turn = 0;
   for (int index = blockIdx.x / CLUSTER; index < num_tiles; index += gridDim.x / CLUSTER) {
     Tile tile = find_tile(table, index, rank, p);
@@ -493,7 +393,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
 #pragma unroll
     for (int j = 0; j < BN / 8; ++j) {
       int column = tile.n0 + j * 8 + (lane % 4) * 2;
-      u32 pair = column < (int)p.n ? *(const u32*)(bias + (u64)tile.expert * p.n + column) : 0;
+      u32 pair = *(const u32*)(bias + (u64)tile.expert * p.bias_stride + min(column, (int)p.n - 2));
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         acc[j * 4 + half * 2] = low_float(pair);
@@ -504,20 +404,24 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
 #pragma unroll
     for (int i = 0; i < ACCUMULATORS; ++i) acc[i] = 0.0f;
 #endif
+    // Without this the compiler makes the products wait for one another.
+#pragma unroll
+    for (int i = 0; i < ACCUMULATORS; ++i) asm volatile("" : "+f"(acc[i])::"memory");
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
     for (int step = 0; step < steps; ++step, ++turn) {
       int s = turn % STAGES;
       barrier_wait(full + s * 8, (turn / STAGES) & 1);
+#if !A_BULK || PROBLEM_SUMS
       // The copies wrote through the generic proxy, the matrix unit reads through the asynchronous.
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
       u32 stage = base + s * STAGE_BYTES;
       u64 a_desc = descriptor(stage + group * 8192, 8192);
       u64 b_desc = descriptor(stage + A_BYTES, 8192);
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-      if (!empty_tile) {
 #pragma unroll
-        for (int k = 0; k < BK / 16; ++k)
-          wgmma(acc, a_desc + k * (A_FIRST_IS_K ? 128 : 2), b_desc + k * (B_FIRST_IS_K ? 128 : 2));
-      }
+      for (int k = 0; k < BK / 16; ++k)
+        wgmma(acc, a_desc + k * (A_FIRST_IS_K ? 128 : 2), b_desc + k * (B_FIRST_IS_K ? 128 : 2));
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
       asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
       if (step > 0 && lane < CLUSTER) barrier_arrive_at(empty + ((turn - 1) % STAGES) * 8, lane);
@@ -531,166 +435,230 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384
     for (int i = 0; i < ACCUMULATORS; ++i) asm volatile("" : "+f"(acc[i])::"memory");
     if (steps > 0 && lane < CLUSTER) barrier_arrive_at(empty + ((turn - 1) % STAGES) * 8, lane);
 
-    // ---- Epilogue: 16 rows x 32 columns at a time, transposed so that stores are contiguous ----
-#if PROBLEM_SUMS
-    auto store_sums = [&](const float* v, u64 at) {
-#if SPLIT
-      if (tile.part >= 0) {
-        float* slab = parts + (u64)tile.part * p.m * p.n + at;
-        *(float4*)slab = make_float4(v[0], v[1], v[2], v[3]);
-        *(float4*)(slab + 4) = make_float4(v[4], v[5], v[6], v[7]);
-        return;
-      }
-#endif
-      *(uint4*)(out + (u64)tile.expert * p.m * p.n + at) = pack8(v);
-    };
-#endif
+    // ---- Epilogue: 16 rows x 64 columns at a time ----
     if (!empty_tile) {
     int warp_row = group * 64 + (warp % 4) * 16;
-    int row_in_patch[2], out_row[2];
-    bool row_valid[2];
 #if HAS_GATES || EPILOGUE == EPILOGUE_ACTIVATE_VJP
+    // This lane's rows of the sums.
     int slot[2];
-#endif
-#if HAS_GATES
     float gate[2];
-#endif
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      row_in_patch[half] = half * 8 + lane / 4;
-      int row = warp_row + row_in_patch[half];
-#if PROBLEM_SUMS
-      row_valid[half] = tile.m0 + row < (int)p.m;
-      out_row[half] = tile.m0 + row;
-#else
-      row_valid[half] = row < tile.len;
-      int position = tile.first + (row_valid[half] ? row : 0);
-      out_row[half] = source_row<OUT_SOURCE>(slots, position);
-#if HAS_GATES || EPILOGUE == EPILOGUE_ACTIVATE_VJP
-      slot[half] = slots[position];
-#endif
-#if HAS_GATES
+      int row = warp_row + half * 8 + lane / 4;
+      slot[half] = slots[tile.first + (row < tile.len ? row : 0)];
       gate[half] = low_float(gates[slot[half]]);
-#endif
-#endif
     }
+#endif
+#if !PROBLEM_SUMS
+    // Rows that this lane stores: 16 bytes of every fourth.
+    int out_row[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      int row = warp_row + 4 * i + lane / 8;
+      out_row[i] = row < tile.len ? source_row<OUT_SOURCE>(slots, tile.first + row) : -1;
+    }
+    auto store_rows = [&](u16* to, u64 stride, int width, int column) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint4 v = patch_load(patch_chunk(patch, 4 * i + lane / 8, lane % 8));
+        if (out_row[i] >= 0 && column + (lane % 8) * 8 < width)
+          *(uint4*)(to + (u64)out_row[i] * stride + column + (lane % 8) * 8) = v;
+      }
+    };
+#endif
 #if EPILOGUE == EPILOGUE_ACTIVATE_VJP
     float dot[2] = {0.0f, 0.0f};
 #endif
 #pragma unroll
-    for (int part = 0; part < BN / PATCH_COLUMNS; ++part) {
+    for (int part = 0; part < BN / 64; ++part) {
+      float* sums = acc + part * 32;
+      int column = tile.n0 + part * 64;
+#if PROBLEM_SUMS
+#if SPLIT
+      if (tile.part >= 0) {
+        float* slab = parts + (u64)tile.part * p.m * p.n;
 #pragma unroll
-      for (int j = 0; j < PATCH_COLUMNS / 8; ++j) {
-        const float* from = acc + part * 16 + j * 4;
-        float* to = patch + (lane / 4) * PATCH_STRIDE + j * 8 + (lane % 4) * 2;
-        *(float2*)to = make_float2(from[0], from[1]);
-        *(float2*)(to + 8 * PATCH_STRIDE) = make_float2(from[2], from[3]);
+        for (int j = 0; j < 8; ++j) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            int m = tile.m0 + warp_row + half * 8 + lane / 4, n = column + j * 8 + (lane % 4) * 2;
+            if (m < (int)p.m && n < (int)p.n) {
+#if OUT_TRANSPOSED
+              slab[(u64)n * p.m + m] = sums[j * 4 + half * 2];
+              slab[(u64)(n + 1) * p.m + m] = sums[j * 4 + half * 2 + 1];
+#else
+              *(float2*)(slab + (u64)m * p.n + n) =
+                  make_float2(sums[j * 4 + half * 2], sums[j * 4 + half * 2 + 1]);
+#endif
+            }
+          }
+        }
+        continue;
+      }
+#endif
+      __syncwarp();
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        float* v = sums + j * 4;
+#if OUT_TRANSPOSED
+        patch_store_transposed(patch, j, v);
+#else
+        patch_store(patch, j, v);
+#endif
       }
       __syncwarp();
-#if PROBLEM_SUMS && OUT_TRANSPOSED
-      // out[e][n, m]: a lane has one column of the patch, that is, 16 neighbours of the result.
-      int line = tile.n0 + part * PATCH_COLUMNS + lane;
+      u16* result = out + (u64)tile.expert * p.out_stride;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        int at = tile.m0 + warp_row + half * 8;
-        if (line < (int)p.n && at < (int)p.m) {
-          float v[8];
-#pragma unroll
-          for (int i = 0; i < 8; ++i) v[i] = patch[(half * 8 + i) * PATCH_STRIDE + lane];
-          store_sums(v, (u64)line * p.m + at);
-        }
-      }
+      for (int i = 0; i < 4; ++i) {
+#if OUT_TRANSPOSED
+        int row = 16 * i + lane / 2, n = column + row, m = tile.m0 + warp_row + (lane % 2) * 8;
+        uint4 v = patch_load(patch_chunk_transposed(patch, row, lane % 2));
+        if (n < (int)p.n && m < (int)p.m) *(uint4*)(result + (u64)n * p.m + m) = v;
 #else
-      int column = tile.n0 + part * PATCH_COLUMNS + (lane % 4) * 8;
-      bool column_valid = column < (int)p.n;
+        int row = 4 * i + lane / 8, m = tile.m0 + warp_row + row, n = column + (lane % 8) * 8;
+        uint4 v = patch_load(patch_chunk(patch, row, lane % 8));
+        if (n < (int)p.n && m < (int)p.m) *(uint4*)(result + (u64)m * p.n + n) = v;
+#endif
+      }
+#elif EPILOGUE == EPILOGUE_STORE || EPILOGUE == EPILOGUE_ACTIVATE
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float* from = patch + row_in_patch[half] * PATCH_STRIDE + (lane % 4) * 8;
-        float v[8];
-        *(float4*)v = *(const float4*)from;
-        *(float4*)(v + 4) = *(const float4*)(from + 4);
-        if (row_valid[half] && column_valid) {
-#if EPILOGUE == EPILOGUE_STORE
+      for (int j = 0; j < 8; j += 2) {
+        float* v = sums + j * 4;
 #if HAS_GATES
 #pragma unroll
-          for (int i = 0; i < 8; ++i) v[i] *= gate[half];
+        for (int i = 0; i < 8; ++i) v[i] *= gate[(i >> 1) & 1];
 #endif
-#if PROBLEM_SUMS
-          store_sums(v, (u64)out_row[half] * p.n + column);
-#else
-          *(uint4*)(out + (u64)out_row[half] * p.n + column) = pack8(v);
-#endif
-#else
-          u64 row = (u64)out_row[half];
-#if EPILOGUE == EPILOGUE_ACTIVATE
-          *(uint4*)(out + row * p.n + column) = pack8(v);
-          float slope;
-#if GATED
-          float act[4];
+        patch_store(patch, j, v);
+      }
+      __syncwarp();
+      store_rows(out, p.n, p.n, column);
+      __syncwarp();
+#if EPILOGUE == EPILOGUE_ACTIVATE && !GATED
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            activate(v[2 * i], act[i], slope);
-            act[i] *= v[2 * i + 1];
-          }
-          *(uint2*)(out2 + row * (p.n / 2) + column / 2) =
-              make_uint2(pack(act[0], act[1]), pack(act[2], act[3]));
-#else
-          float act[8];
+      for (int j = 0; j < 8; j += 2) {
+        float act[8], slope;
 #pragma unroll
-          for (int i = 0; i < 8; ++i) activate(v[i], act[i], slope);
-          *(uint4*)(out2 + row * p.n + column) = pack8(act);
-#endif
-#else
-          float weighted[8];
-#if GATED
+        for (int i = 0; i < 8; ++i) activate(sums[j * 4 + i], act[i], slope);
+        patch_store(patch, j, act);
+      }
+      __syncwarp();
+      store_rows(out2, p.n, p.n, column);
+      __syncwarp();
+#elif EPILOGUE == EPILOGUE_ACTIVATE
+      // Two neighbouring columns make one.
 #pragma unroll
-          for (int quad = 0; quad < 2; ++quad) {
-            u64 at = row * (2 * p.n) + 2 * column + 8 * quad;
-            float h[8];
-            unpack8(ring_h(base, turn, warp_row + row_in_patch[half],
-                           (part * PATCH_COLUMNS + (lane % 4) * 8) * 2 + 8 * quad), h);
+      for (int j = 0; j < 8; ++j) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              float value, slope, grad = v[4 * quad + i];
-              activate(h[2 * i], value, slope);
-              float product = value * h[2 * i + 1];
-              dot[half] = fmaf(grad, product, dot[half]);
-              weighted[4 * quad + i] = gate[half] * product;
-              grad *= gate[half];
-              float to_gate = grad * h[2 * i + 1] * slope;
-              h[2 * i + 1] = grad * value;
-              h[2 * i] = to_gate;
-            }
-            *(uint4*)(out + at) = pack8(h);
-          }
-#else
-          float h[8];
-          unpack8(ring_h(base, turn, warp_row + row_in_patch[half],
-                         part * PATCH_COLUMNS + (lane % 4) * 8), h);
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            float value, slope;
-            activate(h[i], value, slope);
-            dot[half] = fmaf(v[i], value, dot[half]);
-            weighted[i] = gate[half] * value;
-            h[i] = gate[half] * v[i] * slope;
-          }
-          *(uint4*)(out + row * p.n + column) = pack8(h);
-#endif
-          *(uint4*)(out2 + row * p.n + column) = pack8(weighted);
-#endif
-#endif
+        for (int half = 0; half < 2; ++half) {
+          float value, slope;
+          activate(sums[j * 4 + half * 2], value, slope);
+          value *= sums[j * 4 + half * 2 + 1];
+          u32 at = patch_chunk(patch, half * 8 + lane / 4, j / 2) + (j % 2) * 8 + (lane % 4) * 2;
+          asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"((u16)pack(value, 0.0f)) : "memory");
         }
       }
-#endif
       __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (lane % 8 < 4) {
+          uint4 v = patch_load(patch_chunk(patch, 4 * i + lane / 8, lane % 8));
+          int at = column / 2 + (lane % 8) * 8;
+          if (out_row[i] >= 0 && at < (int)p.n / 2)
+            *(uint4*)(out2 + (u64)out_row[i] * (p.n / 2) + at) = v;
+        }
+      }
+      __syncwarp();
+#endif
+#elif !GATED
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        float* v = sums + j * 4;
+        u32 h[4];
+        ring_h(h, base, turn, warp_row, part * 64 + j * 8);
+        float to_h[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          float value, slope, grad = v[i];
+          int half = (i >> 1) & 1;
+          activate(i % 2 ? high_float(h[i / 2]) : low_float(h[i / 2]), value, slope);
+          dot[half] = fmaf(grad, value, dot[half]);
+          v[i] = gate[half] * value;
+          to_h[i] = gate[half] * grad * slope;
+        }
+        patch_store(patch, j, to_h);
+      }
+      __syncwarp();
+      store_rows(out, p.h_stride, p.n, column);
+      __syncwarp();
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        float* v = sums + j * 4;
+        patch_store(patch, j, v);
+      }
+      __syncwarp();
+      store_rows(out2, p.n, p.n, column);
+      __syncwarp();
+#else
+      // Two columns of the pre-activation for each one of the sums.
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        float* v = sums + j * 4;
+        u32 h[4];
+        ring_h(h, base, turn, warp_row, part * 128 + j * 16);
+        // h holds pairs (gate, up) of the sums' columns 8 * j + lane % 4 and 4 columns on. Those
+        // sums are with lane c / 2 of this lane's quad, as its element c % 2; lanes exchange them.
+        int quad = lane & ~3, q = lane % 4;
+        u32 pairs[4];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float weighted[2];
+#pragma unroll
+          for (int block = 0; block < 2; ++block) {
+            int from = quad + 2 * block + q / 2;
+            float even = __shfl_sync(~0u, v[half * 2], from);
+            float odd = __shfl_sync(~0u, v[half * 2 + 1], from);
+            float value, slope, grad = q % 2 ? odd : even;
+            u32 pair = h[half + 2 * block];
+            float up = high_float(pair);
+            activate(low_float(pair), value, slope);
+            float product = value * up;
+            dot[half] = fmaf(grad, product, dot[half]);
+            weighted[block] = gate[half] * product;
+            grad *= gate[half];
+            pairs[half + 2 * block] = pack(grad * up * slope, grad * value);
+          }
+          // Back to where the sums were.
+          int first = quad + 2 * q % 4, second = quad + (2 * q + 1) % 4;
+          float a0 = __shfl_sync(~0u, weighted[0], first);
+          float a1 = __shfl_sync(~0u, weighted[0], second);
+          float b0 = __shfl_sync(~0u, weighted[1], first);
+          float b1 = __shfl_sync(~0u, weighted[1], second);
+          v[half * 2] = q < 2 ? a0 : b0;
+          v[half * 2 + 1] = q < 2 ? a1 : b1;
+        }
+        patch_store_pairs(patch, j % 4 * 2, pairs);
+        if (j % 4 == 3) {
+          __syncwarp();
+          store_rows(out, p.h_stride, 2 * p.n, 2 * column + (j / 4) * 64);
+          __syncwarp();
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        float* v = sums + j * 4;
+        patch_store(patch, j, v);
+      }
+      __syncwarp();
+      store_rows(out2, p.n, p.n, column);
+      __syncwarp();
+#endif
     }
 #if EPILOGUE == EPILOGUE_ACTIVATE_VJP
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       dot[half] += __shfl_xor_sync(~0u, dot[half], 1);
       dot[half] += __shfl_xor_sync(~0u, dot[half], 2);
-      if (lane % 4 == 0 && row_valid[half])
+      if (lane % 4 == 0 && warp_row + half * 8 + lane / 4 < tile.len)
         gate_parts[(u64)(tile.n0 / BN) * p.num_slots + slot[half]] = dot[half];
     }
 #endif

@@ -14,8 +14,10 @@ use cubecl_runtime::tma::{
 use cudarc::driver::result;
 use cudarc::driver::sys::CUdevice_attribute;
 
-use super::plan::{SumSplit, row_pairs, sum_split, tile_columns};
-use super::source::{CLUSTER, Epilogue, MAX_EXPERTS, Problem, TILE_ROWS, Variant};
+use super::plan::{SumSplit, row_pairs, sorts_rows, sum_split, tile_columns};
+use super::source::{
+    CLUSTER, Epilogue, FINISH_THREADS, MAX_EXPERTS, Problem, STAGE_DEPTH, TILE_ROWS, Variant,
+};
 use super::task::Kernel;
 use super::{EstmmArgs, Tensor};
 use crate::backend::{EsmmArgs, RawExpertIndex};
@@ -68,11 +70,14 @@ pub(super) fn multiprocessors(tensor: &Tensor) -> usize {
     hardware.num_streaming_multiprocessors.unwrap_or(1) as usize
 }
 
-/// The tensor with rows of neighbouring elements at multiples of 16 bytes.
+/// The tensor with rows of neighbouring elements at multiples of 16 bytes. Burn pads rows to 512
+/// bytes, so that tensors are often not contiguous; these kernels take any distance between rows.
 pub(super) fn rows_aligned(tensor: Tensor) -> Tensor {
     let tensor = with_unit_columns(tensor);
     let offset = tensor.handle.offset_start.unwrap_or(0);
-    if tensor.meta.strides()[0].is_multiple_of(ACCESS) && offset.is_multiple_of(16) {
+    let rank = tensor.meta.num_dims();
+    let mut steps = tensor.meta.strides()[..rank - 1].iter();
+    if steps.all(|&step| step > 0 && step.is_multiple_of(ACCESS)) && offset.is_multiple_of(16) {
         tensor
     } else {
         copied(tensor)
@@ -96,19 +101,24 @@ fn copied(tensor: Tensor) -> Tensor {
     into_contiguous(burn_cubecl::kernel::cast(copy, dtype))
 }
 
-/// A map of `[matrices, rows, columns]` for boxes of `box_rows` rows.
-fn tensor_map(tensor: &Tensor, shape: [usize; 3], box_rows: usize) -> TensorMapBinding {
-    let [_, rows, columns] = shape;
+/// A map of `[matrices, rows, columns]`, or of one matrix, for boxes of `box_rows` rows. The tensor
+/// is aligned ([`rows_aligned`]).
+fn tensor_map(tensor: &Tensor, box_rows: usize) -> TensorMapBinding {
+    let (shape, strides) = (tensor.meta.shape(), tensor.meta.strides());
+    let (shape, strides) = match tensor.meta.num_dims() {
+        2 => (
+            [1, shape[0], shape[1]],
+            [shape[0] * strides[0], strides[0], 1],
+        ),
+        _ => ([shape[0], shape[1], shape[2]], [strides[0], strides[1], 1]),
+    };
     TensorMapBinding {
         binding: tensor.handle.clone().binding(),
         map: TensorMapMeta {
             format: TensorMapFormat::Tiled(TiledArgs {
                 tile_size: Shape::new([1, box_rows, BOX_COLUMNS]),
             }),
-            metadata: Metadata::new(
-                Shape::new(shape),
-                Strides::new(&[rows * columns, columns, 1]),
-            ),
+            metadata: Metadata::new(Shape::new(shape), Strides::new(&strides)),
             elem_stride: Strides::new(&[1, 1, 1]),
             interleave: TensorMapInterleave::None,
             swizzle: TensorMapSwizzle::B128,
@@ -125,8 +135,10 @@ struct Extents {
     m: usize,
     n: usize,
     k: usize,
-    lda: usize,
     chunk: usize,
+    bias_stride: usize,
+    h_stride: usize,
+    out_stride: usize,
 }
 
 /// Puts a product into the queue. `others` are the buffers behind the index, in the text's order.
@@ -141,6 +153,13 @@ fn launch(
     let binding = |tensor: &Tensor| tensor.handle.clone().binding();
     let mut arguments = KernelArguments::new();
     arguments.tensor_maps = vec![b];
+    if variant.copies_in_bulk() {
+        let rows = match variant.problem {
+            Problem::Rows { .. } => TILE_ROWS,
+            Problem::Sums { .. } => STAGE_DEPTH,
+        };
+        arguments.tensor_maps.push(tensor_map(a, rows));
+    }
     arguments.buffers = [a, &index.slots, &index.offsets]
         .into_iter()
         .chain(others.iter().copied())
@@ -151,9 +170,12 @@ fn launch(
         extents.m,
         extents.n,
         extents.k,
-        extents.lda,
+        a.meta.strides()[0],
         extents.chunk,
         index.num_slots(),
+        extents.bias_stride,
+        extents.h_stride,
+        extents.out_stride,
     ];
     let cubes = multiprocessors(a) / CLUSTER * CLUSTER;
     // SAFETY: callers pass the buffers of the variant's signature; all accesses are guarded by the
@@ -179,15 +201,50 @@ pub(super) fn contiguous_index(index: RawExpertIndex<Tensor>) -> RawExpertIndex<
     }
 }
 
+/// Rows in token order for products of this hidden width, brought into expert order where that pays.
+pub(super) fn prepared_rows(
+    rows: Tensor,
+    d_ff: usize,
+    index: &RawExpertIndex<Tensor>,
+) -> (Tensor, RowOrder) {
+    let rows = rows_aligned(rows);
+    if !sorts_rows(d_ff) {
+        return (rows, RowOrder::Token);
+    }
+    let (num_slots, width) = (index.num_slots(), rows.meta.shape()[1]);
+    let sorted = empty(&rows, [num_slots, width], rows.dtype);
+    let mut arguments = KernelArguments::new();
+    arguments.buffers = [&rows, &index.slots, &sorted]
+        .map(|tensor| tensor.handle.clone().binding())
+        .to_vec();
+    let kernel = Kernel::SortRows { top_k: index.top_k };
+    let cubes = (32 * num_slots).div_ceil(FINISH_THREADS as usize);
+    let stride = rows.meta.strides()[0];
+    // SAFETY: a warp for each position of the index, whose slots are of tokens that exist; rows are
+    // aligned to 16 bytes and of a multiple of 8 elements.
+    unsafe {
+        kernel.launch(
+            &sorted.client,
+            (cubes as u32, 1),
+            arguments,
+            [num_slots, width, stride].map(|n| n as u64).to_vec(),
+        );
+    }
+    (sorted, RowOrder::Expert)
+}
+
 /// Rows times their expert's matrix, with what follows.
+#[derive(Clone, Copy)]
 pub(super) struct Rows<'a> {
     /// Left operand, aligned.
     pub(super) a: &'a Tensor,
     pub(super) a_order: RowOrder,
-    /// Matrices, packed.
+    /// Matrices, aligned.
     pub(super) w: &'a Tensor,
     pub(super) transposed: bool,
+    /// Aligned.
     pub(super) bias: Option<&'a Tensor>,
+    /// Packed.
     pub(super) gates: Option<&'a Tensor>,
     pub(super) index: &'a RawExpertIndex<Tensor>,
     pub(super) out_order: RowOrder,
@@ -209,10 +266,9 @@ impl Rows<'_> {
         )
     }
 
-    /// Launches with `epilogue`, whose own buffers are `outputs`.
+    /// Launches with `epilogue`, whose own buffers are `outputs`, in the text's order.
     pub(super) fn launch(&self, epilogue: Epilogue, outputs: &[&Tensor]) {
         let columns = self.tile_columns();
-        let [experts, rows, width] = dims(self.w);
         let variant = Variant {
             columns,
             a: self.a_order,
@@ -230,7 +286,7 @@ impl Rows<'_> {
         let box_rows = if self.transposed {
             columns / CLUSTER
         } else {
-            32
+            STAGE_DEPTH / 2
         };
         let others: Vec<&Tensor> = self
             .bias
@@ -241,10 +297,14 @@ impl Rows<'_> {
         let extents = Extents {
             n: self.width(),
             k: self.a.meta.shape()[1],
-            lda: self.a.meta.strides()[0],
+            bias_stride: self.bias.map_or(0, |bias| bias.meta.strides()[0]),
+            h_stride: match epilogue {
+                Epilogue::ActivateVjp(_) => outputs[0].meta.strides()[0],
+                _ => 0,
+            },
             ..Extents::default()
         };
-        let map = tensor_map(self.w, [experts, rows, width], box_rows);
+        let map = tensor_map(self.w, box_rows);
         launch(variant, self.a, map, self.index, &others, extents);
     }
 
@@ -267,8 +327,8 @@ pub(super) fn esmm(args: EsmmArgs<Tensor, Tensor>) -> Result<Tensor, EsmmArgs<Te
     if !accepts(&args.x, &[rows, columns], &args.index) {
         return Err(args);
     }
-    let (a, w) = (rows_aligned(args.x), packed(args.w));
-    let bias = args.bias.map(packed);
+    let (a, w) = (rows_aligned(args.x), rows_aligned(args.w));
+    let bias = args.bias.map(rows_aligned);
     let index = contiguous_index(args.index);
     let rows = Rows {
         a: &a,
@@ -292,11 +352,11 @@ pub(super) fn estmm(args: EstmmArgs<Tensor>) -> Result<Tensor, EstmmArgs<Tensor>
     let index = contiguous_index(args.index);
     match (args.a_order, args.b_order) {
         (_, RowOrder::Expert) => {
-            let (a, b) = (rows_aligned(args.a), packed(args.b));
+            let (a, b) = (rows_aligned(args.a), rows_aligned(args.b));
             Ok(sums(&a, args.a_order, &b, &index, false))
         }
         (RowOrder::Expert, _) => {
-            let (a, b) = (packed(args.a), rows_aligned(args.b));
+            let (a, b) = (rows_aligned(args.a), rows_aligned(args.b));
             Ok(sums(&b, args.b_order, &a, &index, true))
         }
         // Bulk copies cannot gather: one operand must lie in expert order.
@@ -304,7 +364,7 @@ pub(super) fn estmm(args: EstmmArgs<Tensor>) -> Result<Tensor, EstmmArgs<Tensor>
     }
 }
 
-/// `Σ gatheredᵀ sorted` for each expert, or its transpose. `sorted` is packed, in expert order.
+/// `Σ gatheredᵀ sorted` for each expert, or its transpose. `sorted` is in expert order.
 pub(super) fn sums(
     gathered: &Tensor,
     order: RowOrder,
@@ -312,6 +372,22 @@ pub(super) fn sums(
     index: &RawExpertIndex<Tensor>,
     out_transposed: bool,
 ) -> Tensor {
+    let (m, n) = (gathered.meta.shape()[1], sorted.meta.shape()[1]);
+    let (rows, columns) = if out_transposed { (n, m) } else { (m, n) };
+    let out = empty(gathered, [index.num_experts, rows, columns], gathered.dtype);
+    sums_into(gathered, order, sorted, index, out_transposed, &out);
+    out
+}
+
+/// [`sums`] into `out`, whose matrices have contiguous rows one after the other.
+pub(super) fn sums_into(
+    gathered: &Tensor,
+    order: RowOrder,
+    sorted: &Tensor,
+    index: &RawExpertIndex<Tensor>,
+    out_transposed: bool,
+    out: &Tensor,
+) {
     let (m, n) = (gathered.meta.shape()[1], sorted.meta.shape()[1]);
     let experts = index.num_experts;
     let num_slots = index.num_slots();
@@ -336,27 +412,32 @@ pub(super) fn sums(
         is_f16: gathered.dtype == DType::F16,
         num_experts: experts,
     };
-    let shape = if out_transposed {
-        [experts, n, m]
-    } else {
-        [experts, m, n]
-    };
-    let out = empty(gathered, shape, gathered.dtype);
     let parts = split.map(|split| empty(gathered, [split.max_parts, m * n], DType::F32));
-    let others: Vec<&Tensor> = parts.iter().chain([&out]).collect();
+    let others: Vec<&Tensor> = parts.iter().chain([out]).collect();
     let extents = Extents {
         m,
         n,
-        lda: gathered.meta.strides()[0],
         chunk: split.map_or(0, |split| split.chunk),
+        out_stride: out.meta.strides()[0],
         ..Extents::default()
     };
-    let map = tensor_map(sorted, [1, num_slots, n], 32);
+    let map = tensor_map(sorted, STAGE_DEPTH / 2);
     launch(variant, gathered, map, index, &others, extents);
     if let (Some(split), Some(parts)) = (split, parts) {
-        add_parts(&parts, split, &out, index, m * n);
+        add_parts(&parts, split, out, index, m * n);
     }
-    out
+}
+
+/// `len` elements of dimension `dim` from `start` on, in the same memory.
+pub(super) fn slice(tensor: &Tensor, dim: usize, start: usize, len: usize) -> Tensor {
+    let mut slice = tensor.clone();
+    let bytes = start * tensor.meta.strides()[dim] * tensor.dtype.size();
+    slice.handle = slice.handle.offset_start(bytes as u64);
+    let mut shape = tensor.meta.shape().clone();
+    shape[dim] = len;
+    let strides = tensor.meta.strides().clone();
+    *slice.meta = Metadata::new(shape, strides);
+    slice
 }
 
 fn add_parts(
@@ -380,7 +461,9 @@ fn add_parts(
             &out.client,
             (cubes as u32, index.num_experts as u32),
             arguments,
-            vec![elements as u64, split.chunk as u64],
+            [elements, split.chunk, out.meta.strides()[0]]
+                .map(|n| n as u64)
+                .to_vec(),
         );
     }
 }

@@ -2,6 +2,9 @@
 
 use crate::types::{Activation, RowOrder};
 
+/// Text of what the matrix products are made of.
+const INSTRUCTIONS: &str = include_str!("instructions.cu");
+
 /// Text of the matrix products.
 const GROUPED: &str = include_str!("grouped.cu");
 
@@ -14,17 +17,26 @@ pub(super) const TILE_ROWS: usize = 128;
 /// Cubes that share their columns, one tile below the other.
 pub(super) const CLUSTER: usize = 2;
 
-/// Threads of a cube: one warpgroup copies, two multiply.
+/// Threads of a cube: two warpgroups multiply, one copies.
 pub(super) const THREADS: u32 = 384;
+
+/// Threads of a cube of the small kernels.
+pub(super) const FINISH_THREADS: u32 = 256;
+
+/// Rows and columns of the results that a warp passes through shared memory at a time.
+const PATCH_BYTES: usize = 16 * 64 * 2;
 
 /// Most experts that the kernels' shared memory has room for.
 pub(super) const MAX_EXPERTS: usize = 512;
 
 /// Summed elements of a stage.
-const STAGE_DEPTH: usize = 64;
+pub(super) const STAGE_DEPTH: usize = 64;
 
 /// Changes whenever the text does, so that a cache of compiled kernels cannot serve an older one.
-pub(super) const TEXT_HASH: u64 = fnv1a(FINISH.as_bytes(), fnv1a(GROUPED.as_bytes(), FNV_OFFSET));
+pub(super) const TEXT_HASH: u64 = {
+    let hash = fnv1a(INSTRUCTIONS.as_bytes(), FNV_OFFSET);
+    fnv1a(FINISH.as_bytes(), fnv1a(GROUPED.as_bytes(), hash))
+};
 
 const FNV_OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
 
@@ -86,6 +98,11 @@ pub(super) struct Variant {
 }
 
 impl Variant {
+    /// Whether the rows of `a` lie as the kernel reads them, so that nothing need be gathered.
+    pub(super) fn copies_in_bulk(&self) -> bool {
+        self.a == RowOrder::Expert
+    }
+
     /// Stages that fit into the shared memory.
     fn stages(&self) -> usize {
         match self.columns {
@@ -98,8 +115,8 @@ impl Variant {
     /// Bytes of dynamic shared memory: stages, eight patches, barriers and the tile table.
     pub(super) fn shared_bytes(&self) -> usize {
         let stage = (TILE_ROWS + self.columns) * STAGE_DEPTH * 2;
-        let table = (3 * 4 * (self.num_experts + 1)).next_multiple_of(1024);
-        self.stages() * (stage + 16) + 8 * 16 * 40 * 4 + table
+        let table = (4 * 4 * (self.num_experts + 1)).next_multiple_of(1024);
+        self.stages() * (stage + 16) + 8 * PATCH_BYTES + table
     }
 
     /// The whole text.
@@ -137,6 +154,7 @@ impl Variant {
             .add("TOP_K", self.top_k)
             .add("PROBLEM_SUMS", usize::from(is_sums))
             .add("A_SOURCE", source_number(self.a))
+            .add("A_BULK", usize::from(self.copies_in_bulk()))
             .add("B_TRANSPOSED", usize::from(transposed))
             .add("OUT_SOURCE", source_number(out))
             .add("OUT_TRANSPOSED", usize::from(out_transposed))
@@ -155,7 +173,7 @@ impl Variant {
             first_is_k(transposed),
             self.is_f16,
         );
-        defines.0 + &wgmma + GROUPED
+        defines.0 + &wgmma + INSTRUCTIONS + GROUPED
     }
 }
 

@@ -9,7 +9,7 @@ use cubecl_runtime::compiler::{CompilationError, Compiler, CubeTask};
 use cubecl_runtime::kernel::{CompiledKernel, KernelMetadata};
 use cubecl_runtime::server::ExecutionMode;
 
-use super::source::{TEXT_HASH, THREADS, Variant, finish_text};
+use super::source::{FINISH_THREADS, TEXT_HASH, THREADS, Variant, finish_text};
 
 /// What is compiled.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -20,6 +20,11 @@ pub(super) enum Kernel {
     GateGradient {
         /// Element type.
         is_f16: bool,
+        /// Choices per token.
+        top_k: usize,
+    },
+    /// Tokens' rows in expert order.
+    SortRows {
         /// Choices per token.
         top_k: usize,
     },
@@ -35,6 +40,7 @@ impl Kernel {
         match self {
             Kernel::Grouped(_) => "hexa_grouped",
             Kernel::GateGradient { .. } => "hexa_gate_gradient",
+            Kernel::SortRows { .. } => "hexa_sort_rows",
             Kernel::SumParts { .. } => "hexa_sum_parts",
         }
     }
@@ -43,6 +49,7 @@ impl Kernel {
         match self {
             Kernel::Grouped(variant) => variant.text(),
             Kernel::GateGradient { is_f16, top_k } => finish_text(*is_f16, *top_k),
+            Kernel::SortRows { top_k } => finish_text(false, *top_k),
             Kernel::SumParts { is_f16 } => finish_text(*is_f16, 1),
         }
     }
@@ -50,14 +57,14 @@ impl Kernel {
     fn shared_bytes(&self) -> usize {
         match self {
             Kernel::Grouped(variant) => variant.shared_bytes(),
-            Kernel::GateGradient { .. } | Kernel::SumParts { .. } => 0,
+            _ => 0,
         }
     }
 
     fn cube_dim(&self) -> CubeDim {
         CubeDim::new_1d(match self {
             Kernel::Grouped(_) => THREADS,
-            Kernel::GateGradient { .. } | Kernel::SumParts { .. } => 256,
+            _ => FINISH_THREADS,
         })
     }
 }

@@ -5,27 +5,23 @@ use cubecl::prelude::*;
 /// The expert of a slot, clamped into range; `num_experts` past the last slot.
 #[cube]
 fn expert_of_slot<I: Int>(
-    expert_ids: &Tensor<I>,
+    expert_ids: &Array<I>,
     slot: u32,
     num_slots: u32,
     num_experts: u32,
 ) -> u32 {
     let mut expert = num_experts;
     if slot < num_slots {
-        let top_k = expert_ids.shape(1) as u32;
-        let token = (slot / top_k) as usize;
-        let choice = (slot % top_k) as usize;
-        let id = expert_ids[token * expert_ids.stride(0) + choice * expert_ids.stride(1)];
         let last = I::cast_from(num_experts - 1);
-        expert = u32::cast_from(max(min(id, last), I::from_int(0)));
+        expert = u32::cast_from(max(min(expert_ids[slot as usize], last), I::from_int(0)));
     }
     expert
 }
 
-/// Slots per expert of each chunk: `histogram[expert, chunk]`, one cube per chunk.
+/// Slots per expert of each chunk: `histogram[chunk, expert]`, one cube per chunk.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub fn chunk_histogram<I: Int>(
-    expert_ids: &Tensor<I>,
+    expert_ids: &Array<I>,
     histogram: &mut Array<u32>,
     num_slots: u32,
     num_chunks: u32,
@@ -49,74 +45,31 @@ pub fn chunk_histogram<I: Int>(
                     count += 1u32;
                 }
             }
-            histogram[(expert * num_chunks + chunk) as usize] = count;
+            histogram[(chunk * num_experts + expert) as usize] = count;
             expert += CUBE_DIM;
         }
     }
 }
 
-/// Exclusive scan of the histogram in place, and `offsets`; one cube.
-#[cube(launch_unchecked, address_type = "dynamic")]
-pub fn scan_histogram<I: Int>(
-    histogram: &mut Array<u32>,
-    offsets: &mut Array<I>,
-    num_chunks: u32,
-    num_experts: u32,
-    #[comptime] num_units: usize,
-    #[define(I)] _dtype: StorageType,
-) {
-    let total = num_chunks * num_experts;
-    let per_unit = total.div_ceil(CUBE_DIM);
-    let start = min(UNIT_POS * per_unit, total);
-    let end = min(start + per_unit, total);
-
-    let mut own = 0u32;
-    for i in start..end {
-        own += histogram[i as usize];
-    }
-
-    let mut sums = SharedMemory::<u32>::new(num_units);
-    sums[UNIT_POS as usize] = own;
-    let mut step = 1u32;
-    while step < CUBE_DIM {
-        sync_cube();
-        let mut left = 0u32;
-        if UNIT_POS >= step {
-            left = sums[(UNIT_POS - step) as usize];
-        }
-        sync_cube();
-        sums[UNIT_POS as usize] += left;
-        step *= 2u32;
-    }
-
-    let mut position = sums[UNIT_POS as usize] - own;
-    for i in start..end {
-        let count = histogram[i as usize];
-        histogram[i as usize] = position;
-        if i % num_chunks == 0u32 {
-            offsets[(i / num_chunks) as usize] = I::cast_from(position);
-        }
-        position += count;
-    }
-    if UNIT_POS == CUBE_DIM - 1u32 {
-        offsets[num_experts as usize] = I::cast_from(position);
-    }
-}
-
-/// Position of each slot and slot at each position, one cube per chunk; and `counts`.
+/// Position of each slot and slot at each position, one cube per chunk; `counts` and `offsets`.
+///
+/// Every cube adds up the whole histogram for itself: that is less than another launch. Its units
+/// form `lanes` groups, each of which adds the chunks of a range, an expert per unit.
 #[cube(launch_unchecked, address_type = "dynamic")]
 #[allow(clippy::too_many_arguments)]
 pub fn place_slots<I: Int>(
-    expert_ids: &Tensor<I>,
-    first_positions: &Array<u32>,
-    offsets: &Array<I>,
+    expert_ids: &Array<I>,
+    histogram: &Array<u32>,
+    offsets: &mut Array<I>,
     counts: &mut Array<I>,
     slots: &mut Array<I>,
     positions: &mut Array<I>,
     num_slots: u32,
     num_chunks: u32,
     num_experts: u32,
+    lanes: u32,
     #[comptime] chunk_len: usize,
+    #[comptime] max_experts: usize,
     #[define(I)] _dtype: StorageType,
 ) {
     let chunk = CUBE_POS as u32;
@@ -124,10 +77,53 @@ pub fn place_slots<I: Int>(
     let expert = expert_of_slot::<I>(expert_ids, slot, num_slots, num_experts);
     let mut experts = SharedMemory::<u32>::new(chunk_len);
     experts[UNIT_POS as usize] = expert;
-    sync_cube();
+
+    // Slots of an expert in all chunks, and in those before this one.
+    let mut totals = SharedMemory::<u32>::new(max_experts);
+    let mut befores = SharedMemory::<u32>::new(max_experts);
+    let mut lane_totals = SharedMemory::<u32>::new(chunk_len);
+    let mut lane_befores = SharedMemory::<u32>::new(chunk_len);
+    let per_round = CUBE_DIM / lanes;
+    let lane = UNIT_POS / per_round;
+    let per_lane = num_chunks.div_ceil(lanes);
+    let mut round_start = 0u32;
+    while round_start < num_experts {
+        let e = round_start + UNIT_POS % per_round;
+        let mut total = 0u32;
+        let mut before = 0u32;
+        if e < num_experts {
+            let start = min(lane * per_lane, num_chunks);
+            let end = min(start + per_lane, num_chunks);
+            for c in start..end {
+                let count = histogram[(c * num_experts + e) as usize];
+                total += count;
+                if c < chunk {
+                    before += count;
+                }
+            }
+        }
+        lane_totals[UNIT_POS as usize] = total;
+        lane_befores[UNIT_POS as usize] = before;
+        sync_cube();
+        if UNIT_POS < per_round && e < num_experts {
+            let mut sum = 0u32;
+            let mut sum_before = 0u32;
+            for l in 0..lanes {
+                sum += lane_totals[(l * per_round + UNIT_POS) as usize];
+                sum_before += lane_befores[(l * per_round + UNIT_POS) as usize];
+            }
+            totals[e as usize] = sum;
+            befores[e as usize] = sum_before;
+        }
+        sync_cube();
+        round_start += per_round;
+    }
 
     if slot < num_slots {
-        let mut position = first_positions[(expert * num_chunks + chunk) as usize];
+        let mut position = befores[expert as usize];
+        for e in 0..expert {
+            position += totals[e as usize];
+        }
         for i in 0..UNIT_POS {
             if experts[i as usize] == expert {
                 position += 1u32;
@@ -137,10 +133,18 @@ pub fn place_slots<I: Int>(
         slots[position as usize] = I::cast_from(slot);
     }
     if chunk == 0u32 {
-        let mut e = UNIT_POS as usize;
-        while e < num_experts as usize {
-            counts[e] = offsets[e + 1] - offsets[e];
-            e += CUBE_DIM as usize;
+        let mut e = UNIT_POS;
+        while e < num_experts {
+            let mut first = 0u32;
+            for other in 0..e {
+                first += totals[other as usize];
+            }
+            offsets[e as usize] = I::cast_from(first);
+            counts[e as usize] = I::cast_from(totals[e as usize]);
+            if e == num_experts - 1u32 {
+                offsets[num_experts as usize] = I::cast_from(first + totals[e as usize]);
+            }
+            e += CUBE_DIM;
         }
     }
 }

@@ -1,10 +1,10 @@
 //! Host's side of the counting sort.
 
 use burn::tensor::DType;
-use burn_cubecl::{CubeRuntime, tensor::CubeTensor};
-use cubecl::prelude::{CubeCount, CubeDim};
+use burn_cubecl::{CubeRuntime, kernel::into_contiguous, tensor::CubeTensor};
+use cubecl::prelude::CubeDim;
 
-use super::kernel::{chunk_histogram, place_slots, scan_histogram};
+use super::kernel::{chunk_histogram, place_slots};
 use super::plan::{CHUNK, IndexPlan};
 use crate::backend::RawExpertIndex;
 use crate::ops::device::{address_type, cube_per_item, dim, empty, zeros};
@@ -53,6 +53,7 @@ fn sort<R: CubeRuntime>(
 ) {
     let client = expert_ids.client.clone();
     let dtype = expert_ids.dtype;
+    let expert_ids = into_contiguous(expert_ids);
     let histogram = empty(&expert_ids, [plan.histogram_len()], DType::U32);
     let address = address_type(&[&expert_ids, &histogram, &index.slots, &index.offsets]);
     let chunks = cube_per_item(&client, plan.num_chunks);
@@ -68,21 +69,9 @@ fn sort<R: CubeRuntime>(
             chunks.clone(),
             units,
             address,
-            expert_ids.clone().into_tensor_arg(),
+            expert_ids.clone().into_array_arg(),
             histogram.clone().into_array_arg(),
             num_slots,
-            num_chunks,
-            num_experts,
-            CHUNK,
-            dtype.into(),
-        );
-        scan_histogram::launch_unchecked(
-            &client,
-            CubeCount::new_single(),
-            units,
-            address,
-            histogram.clone().into_array_arg(),
-            index.offsets.clone().into_array_arg(),
             num_chunks,
             num_experts,
             CHUNK,
@@ -93,7 +82,7 @@ fn sort<R: CubeRuntime>(
             chunks,
             units,
             address,
-            expert_ids.into_tensor_arg(),
+            expert_ids.into_array_arg(),
             histogram.into_array_arg(),
             index.offsets.clone().into_array_arg(),
             index.counts.clone().into_array_arg(),
@@ -102,7 +91,9 @@ fn sort<R: CubeRuntime>(
             num_slots,
             num_chunks,
             num_experts,
+            plan.lanes() as u32,
             CHUNK,
+            plan.num_experts.next_power_of_two(),
             dtype.into(),
         );
     }

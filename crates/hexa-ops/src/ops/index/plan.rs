@@ -24,6 +24,13 @@ impl IndexPlan {
         }
     }
 
+    /// Groups of a cube's units that share the chunks when the histogram is added up: as many as
+    /// leave each group a unit per expert.
+    pub fn lanes(&self) -> usize {
+        let per_lane = self.num_experts.clamp(1, CHUNK).next_power_of_two();
+        CHUNK / per_lane
+    }
+
     /// Entries of the histogram: one per expert and chunk.
     pub fn histogram_len(&self) -> usize {
         self.num_experts * self.num_chunks
@@ -43,5 +50,11 @@ mod tests {
             "every slot has a chunk, and no chunk is empty"
         );
         assert_eq!(IndexPlan::new(CHUNK + 1, 3).histogram_len(), 6);
+    }
+
+    #[test]
+    fn lanes_divide_the_units() {
+        let lanes = |experts| IndexPlan::new(1, experts).lanes();
+        assert_eq!([1, 3, 8, 255, 256, 300].map(lanes), [256, 64, 32, 1, 1, 1]);
     }
 }

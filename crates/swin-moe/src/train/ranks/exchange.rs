@@ -5,37 +5,36 @@ use std::collections::BTreeSet;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData};
 use hexa_moe::MoeError;
-use hexa_moe::parallel::comm::Collective;
+use hexa_moe::parallel::comm::{Collective, Payload};
 use hexa_ops::TrainingBackend;
 
 use super::{Member, Ranks};
 use crate::model::SwinMoe;
+use crate::train::classes::Confusion;
 use crate::train::device::read;
 use crate::train::error::Result;
-use crate::train::optimizer::AdamW;
+use crate::train::optimizer::{AdamW, FlatGradients};
 use crate::train::params::HostTensors;
 use crate::train::tally::Tally;
 
 impl Ranks {
-    /// One optimizer step with the gradients of all ranks' images; gives their norm before
-    /// clipping, `[1]`. `zeros`: a rank without images has no gradients of its own.
+    /// One optimizer step with the sums of all ranks' gradients; gives their norm before clipping,
+    /// `[1]`.
     pub(in crate::train) fn update<B: TrainingBackend>(
         &self,
         optimizer: &mut AdamW<B>,
         model: SwinMoe<B>,
-        gradients: B::Gradients,
-        zeros: bool,
+        gradients: FlatGradients<B::InnerBackend>,
         lr: f64,
     ) -> Result<(SwinMoe<B>, Tensor<B::InnerBackend, 1>)> {
         let Some(member) = &self.0 else {
-            return optimizer.step(model, gradients, lr);
+            return Ok(optimizer.step(model, gradients, lr));
         };
         // What a backward pass could not report, and the end of the gathered weights.
         member.context.cache().clear();
         member.context.check()?;
-        let grads = optimizer.take_gradients(&model, gradients, zeros)?;
-        let (grads, norm) = member.sum_gradients(grads, optimizer.sliced_buckets())?;
-        let model = optimizer.update(model, grads, norm.clone(), lr);
+        let (sums, norm) = member.sum_gradients(gradients.0, optimizer.sliced_buckets())?;
+        let model = optimizer.update(model, FlatGradients(sums), norm.clone(), lr);
         Ok((model, norm))
     }
 
@@ -70,6 +69,26 @@ impl Ranks {
             sum.loss += f64::from_bits(word(3));
         }
         Ok(sum)
+    }
+
+    /// The confusions of all ranks' images.
+    pub(in crate::train) fn sum_confusion(&self, own: Confusion) -> Result<Confusion> {
+        let Some(member) = &self.0 else {
+            return Ok(own);
+        };
+        let comm = member.context.comm();
+        let words = own.to_words();
+        let lengths = comm
+            .all_gather_u32("length of the confusion", vec![words.len() as u32])
+            .map_err(MoeError::from)?;
+        let gather = Collective::AllGatherV {
+            data: Payload::U32(words),
+            counts: lengths.into_iter().map(|length| length as usize).collect(),
+        };
+        let all = comm.start("confusion", gather).wait();
+        Ok(Confusion::of_words(
+            &all.map_err(MoeError::from)?.into_u32(),
+        ))
     }
 
     /// Whole tensors from all ranks' slices of them; other tensors stay as they are.

@@ -3,11 +3,10 @@
 use std::panic::resume_unwind;
 
 use hexa_moe::MoeError;
-use hexa_moe::parallel::ParallelContext;
 use hexa_moe::parallel::comm::{CommError, local};
+use hexa_moe::parallel::{ParallelContext, ParallelPlan};
 use hexa_ops::TrainingBackend;
 
-use super::ParallelPlan;
 use crate::backend::{BackendKind, Job, devices, dispatch};
 use crate::config::{Engine, ParallelConfig};
 use crate::train::error::{Result, TrainError};

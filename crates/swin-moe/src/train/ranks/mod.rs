@@ -13,19 +13,20 @@ use std::cell::Cell;
 use std::path::{Path, PathBuf};
 
 use hexa_moe::parallel::comm::{Collective, Payload};
-use hexa_moe::parallel::{BatchShare, ParallelContext, broadcast_parameters, parallelize};
+use hexa_moe::parallel::{
+    BatchShare, ParallelContext, ParallelPlan, broadcast_parameters, parallelize,
+};
 use hexa_ops::{ExpertOps, TrainingBackend};
 
 use self::slices::Cuts;
 use super::error::Result;
 use super::optimizer::{AdamW, AdamWConfig};
 use super::params::HostTensors;
-use crate::config::ParallelConfig;
-use crate::data::BatchPart;
+use crate::config::Config;
+use crate::data::{Batch, BatchPart};
 use crate::model::SwinMoe;
 
 pub(super) use launch::{RankJob, Seat, launch};
-pub use plan::{LayerPlan, ParallelPlan};
 
 /// This rank's ties to the others; none for a run alone.
 #[derive(Debug, Default)]
@@ -36,6 +37,8 @@ struct Member {
     context: ParallelContext,
     plan: ParallelPlan,
     cuts: Cuts,
+    /// Whether steps have several parts, whose sizes ranks tell each other.
+    parts_differ: bool,
     /// Whether any rank was asked to stop before the latest step.
     stop: Cell<bool>,
 }
@@ -50,21 +53,22 @@ impl Ranks {
     /// slices.
     pub(super) fn join<B: ExpertOps>(
         seat: &Seat,
-        settings: &ParallelConfig,
+        config: &Config,
         model: SwinMoe<B>,
     ) -> Result<(Self, SwinMoe<B>)> {
         let Some(context) = &seat.context else {
             return Ok((Ranks(None), model));
         };
+        let (settings, batch_size) = (&config.parallel, config.train.batch_size);
         let d_ff: Vec<usize> = model
             .moe_layers()
             .map(|moe| moe.experts.w2.dims()[1])
             .collect();
         let plan = match &seat.plan {
             Some(plan) => plan.clone(),
-            None => ParallelPlan::from_settings(settings, context.world_size(), &d_ff)?,
+            None => plan::from_settings(settings, context.world_size(), &d_ff, batch_size)?,
         };
-        plan.check(context.world_size(), &d_ff)?;
+        plan.validate(context.world_size(), &d_ff, batch_size)?;
         let model = broadcast_parameters::<B, _>(context, model)?;
         let cuts = Cuts::of(&model, &plan);
         let model = model.map_moe(|number, moe| {
@@ -75,6 +79,7 @@ impl Ranks {
             context: context.clone(),
             plan,
             cuts,
+            parts_differ: config.train.accumulation_steps > 1,
             stop: Cell::new(false),
         };
         Ok((Ranks(Some(member)), model))
@@ -96,7 +101,12 @@ impl Ranks {
     /// Which part of each batch is this rank's.
     pub(super) fn batch_part(&self) -> Option<BatchPart> {
         self.0.as_ref().map(|member| BatchPart {
-            weights: member.plan.batch_weights.clone().into(),
+            weights: member
+                .plan
+                .batch
+                .iter()
+                .map(|&images| images as f64)
+                .collect(),
             rank: member.context.rank(),
         })
     }
@@ -142,6 +152,42 @@ impl Ranks {
             local,
             global: all.chunks_exact(2).map(|rank| rank[0] as usize).sum(),
         })
+    }
+
+    /// The parts of a step's batch, as many on all ranks; parts may be empty on some.
+    pub(super) fn parts(&self, batch: Batch, parts: usize) -> Vec<Batch> {
+        let [_, channels, height, width] = batch.shape;
+        let position = batch.position;
+        let mut cut = batch.into_parts(parts);
+        if self.0.is_some() {
+            cut.resize_with(parts, || Batch {
+                images: Vec::new(),
+                labels: Vec::new(),
+                partners: None,
+                share: 1.0,
+                indices: Vec::new(),
+                shape: [0, channels, height, width],
+                position,
+            });
+        }
+        cut
+    }
+
+    /// This rank's share of a part of a step of `images` images.
+    pub(super) fn share(&self, local: usize, images: usize) -> Result<BatchShare> {
+        match &self.0 {
+            Some(member) if member.parts_differ => {
+                Ok(BatchShare::exchange(&member.context, local)?)
+            }
+            Some(_) => Ok(BatchShare {
+                local,
+                global: images,
+            }),
+            None => Ok(BatchShare {
+                local,
+                global: local,
+            }),
+        }
     }
 
     /// Whether the run is to stop: `own` alone, what was agreed upon in the latest step otherwise.

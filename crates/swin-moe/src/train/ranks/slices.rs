@@ -7,9 +7,9 @@ use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use hexa_ops::ExpertOps;
 
-use super::plan::ParallelPlan;
 use crate::model::SwinMoe;
 use crate::train::params::{HostTensor, HostTensors, ModulePath};
+use hexa_moe::parallel::ParallelPlan;
 
 /// How a parameter is cut: along one dimension, one contiguous piece for each rank.
 #[derive(Debug, Clone, PartialEq, Eq)]

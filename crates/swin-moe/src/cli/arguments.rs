@@ -98,15 +98,15 @@ impl Parallel {
     }
 }
 
-/// A trained model: a run's directory or a checkpoint file.
+/// A trained model: a run's directory or one of its checkpoints.
 #[derive(Args)]
 #[group(required = true, multiple = false)]
 pub(super) struct Model {
     /// Directory of a run: its best checkpoint, or the last if there is none.
     #[arg(long, value_name = "DIR")]
     pub(super) run: Option<PathBuf>,
-    /// One checkpoint file.
-    #[arg(long, value_name = "FILE")]
+    /// One checkpoint: a directory in a run's checkpoints/.
+    #[arg(long, value_name = "DIR")]
     pub(super) checkpoint: Option<PathBuf>,
 }
 
@@ -193,8 +193,8 @@ pub(super) struct Info {
     /// Directory of a run: its best checkpoint, or the last if there is none.
     #[arg(long, value_name = "DIR", conflicts_with = "checkpoint")]
     pub(super) run: Option<PathBuf>,
-    /// One checkpoint file.
-    #[arg(long, value_name = "FILE")]
+    /// One checkpoint: a directory in a run's checkpoints/.
+    #[arg(long, value_name = "DIR")]
     pub(super) checkpoint: Option<PathBuf>,
 }
 

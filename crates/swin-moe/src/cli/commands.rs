@@ -146,12 +146,11 @@ fn load(
 }
 
 fn load_if_given(run: Option<PathBuf>, checkpoint: Option<PathBuf>) -> Result<Option<Trained>> {
-    let path = match (run, checkpoint) {
-        (Some(run), _) => RunDir::open(&run)?.best_or_last(),
-        (None, Some(file)) => file,
-        (None, None) => return Ok(None),
-    };
-    Ok(Some(Trained::load(&path)?))
+    Ok(match (run, checkpoint) {
+        (Some(run), _) => Some(Trained::load_best(&RunDir::open(&run)?)?),
+        (None, Some(path)) => Some(Trained::load(&path)?),
+        (None, None) => None,
+    })
 }
 
 pub(super) fn eval(arguments: arguments::Eval, faults: DeviceFaults) -> Result<Done> {

@@ -299,7 +299,8 @@ impl Default for RawData {
 pub struct RawCheckpoint {
     /// Steps between two checkpoints; 0 saves at the end of each epoch only.
     pub every_steps: usize,
-    /// How many of the latest checkpoints are kept, besides the best.
+    /// How many of the latest checkpoints are kept, besides the best; with 2, one is left if the
+    /// other is damaged.
     pub keep_last: usize,
 }
 
@@ -307,7 +308,7 @@ impl Default for RawCheckpoint {
     fn default() -> Self {
         Self {
             every_steps: 0,
-            keep_last: 1,
+            keep_last: 2,
         }
     }
 }

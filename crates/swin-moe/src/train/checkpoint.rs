@@ -1,26 +1,20 @@
-//! The checkpoint file: a safetensors file whose metadata holds the run's state and a checksum.
-//!
-//! Any safetensors reader can open it; ours also refuses a file in which a single bit has changed.
+//! Checkpoints: a directory for each, whatever the number of ranks that saved it.
 
-use std::collections::HashMap;
+pub(super) mod files;
+
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
 
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 
+use self::files::ReadError;
 use super::error::{Result, TrainError};
-use super::params::{HostTensor, HostTensors};
+use super::params::HostTensors;
 use crate::backend::BackendKind;
 
-/// Version of the layout described here.
-const FORMAT: u32 = 1;
-/// The metadata key that holds [`Header`].
-const HEADER_KEY: &str = "swin_moe";
 const REMEDY_DAMAGED: &str =
-    "the file is damaged or not one of ours; take the run's other checkpoint (best or last)";
+    "it is damaged, not whole or not one of ours; take another of the run's checkpoints";
 
 /// Where a run stands, to the batch.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -63,185 +57,28 @@ pub struct Checkpoint {
     pub optimizer: HostTensors,
 }
 
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Header {
-    format: u32,
-    checksum: String,
-    state: RunState,
-}
-
 impl Checkpoint {
-    /// Writes the checkpoint so that `path` holds either the old or the new one, never a part.
+    /// Reads a checkpoint's directory and checks every byte of it.
     ///
     /// # Errors
-    /// [`TrainError::Io`] if the file cannot be written.
-    pub fn save(&self, path: &Path) -> Result<()> {
-        let bytes = self.to_bytes().map_err(|reason| TrainError::Checkpoint {
-            path: path.to_path_buf(),
-            reason,
-            remedy: "this is a bug, please report it",
-        })?;
-        write_atomically(path, &bytes)
-    }
-
-    /// Reads a checkpoint and checks every byte of it.
-    ///
-    /// # Errors
-    /// [`TrainError::Io`] if the file cannot be read, [`TrainError::Checkpoint`] if it is damaged.
+    /// [`TrainError::Io`] if a file cannot be read, [`TrainError::Checkpoint`] if one is damaged.
     pub fn load(path: &Path) -> Result<Self> {
-        let bytes = fs::read(path).map_err(TrainError::io("read", path))?;
-        Self::from_bytes(&bytes).map_err(|reason| TrainError::Checkpoint {
-            path: path.to_path_buf(),
-            reason,
-            remedy: REMEDY_DAMAGED,
+        if path.is_file() {
+            return Err(TrainError::Checkpoint {
+                path: path.to_path_buf(),
+                reason: "it is a file, a checkpoint is a directory with a manifest.jsonl"
+                    .to_owned(),
+                remedy: "give one of the directories in a run's checkpoints/",
+            });
+        }
+        files::read(path).map_err(|error| match error {
+            ReadError::Io(path, source) => TrainError::io("read", path)(source),
+            ReadError::Damaged(reason) => TrainError::Checkpoint {
+                path: path.to_path_buf(),
+                reason,
+                remedy: REMEDY_DAMAGED,
+            },
         })
-    }
-
-    /// The file's content.
-    fn to_bytes(&self) -> std::result::Result<Vec<u8>, String> {
-        let mut named: Vec<(String, &HostTensor)> = Vec::new();
-        named.extend(self.model.iter().map(|(n, t)| (format!("model.{n}"), t)));
-        named.extend(
-            self.optimizer
-                .iter()
-                .map(|(n, t)| (format!("optimizer.{n}"), t)),
-        );
-
-        let mut views = Vec::with_capacity(named.len());
-        for (name, tensor) in &named {
-            let view = TensorView::new(Dtype::F32, tensor.shape.clone(), as_bytes(&tensor.values))
-                .map_err(|error| format!("tensor {name}: {error}"))?;
-            views.push((name.clone(), view));
-        }
-        let header = Header {
-            format: FORMAT,
-            checksum: format!("{:016x}", checksum(&self.state, &views)?),
-            state: self.state.clone(),
-        };
-        let header = serde_json::to_string(&header).map_err(|error| error.to_string())?;
-        let metadata = HashMap::from([(HEADER_KEY.to_owned(), header)]);
-        safetensors::serialize(views, Some(metadata)).map_err(|error| error.to_string())
-    }
-
-    fn from_bytes(bytes: &[u8]) -> std::result::Result<Self, String> {
-        let file = SafeTensors::deserialize(bytes).map_err(|error| describe(&error))?;
-        let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| describe(&error))?;
-        let header = metadata
-            .metadata()
-            .as_ref()
-            .and_then(|entries| entries.get(HEADER_KEY))
-            .ok_or_else(|| format!("its metadata has no entry {HEADER_KEY:?}"))?;
-        let header: Header =
-            serde_json::from_str(header).map_err(|error| format!("its header: {error}"))?;
-        if header.format != FORMAT {
-            return Err(format!(
-                "its format is {}, this program reads {FORMAT}",
-                header.format
-            ));
-        }
-        let mut views: Vec<(String, TensorView)> = file.tensors();
-        views.sort_by(|a, b| a.0.cmp(&b.0));
-        let found = format!("{:016x}", checksum(&header.state, &views)?);
-        if found != header.checksum {
-            return Err(format!(
-                "its checksum is {found}, recorded is {}",
-                header.checksum
-            ));
-        }
-        let mut checkpoint = Checkpoint {
-            state: header.state,
-            model: HostTensors::new(),
-            optimizer: HostTensors::new(),
-        };
-        for (name, view) in views {
-            let tensor = host_tensor(&name, &view)?;
-            if let Some(name) = name.strip_prefix("model.") {
-                checkpoint.model.insert(name.to_owned(), tensor);
-            } else if let Some(name) = name.strip_prefix("optimizer.") {
-                checkpoint.optimizer.insert(name.to_owned(), tensor);
-            } else {
-                return Err(format!("it holds the unexpected tensor {name:?}"));
-            }
-        }
-        Ok(checkpoint)
-    }
-}
-
-fn describe(error: &safetensors::SafeTensorError) -> String {
-    format!("not a whole safetensors file ({error})")
-}
-
-fn host_tensor(name: &str, view: &TensorView) -> std::result::Result<HostTensor, String> {
-    if view.dtype() != Dtype::F32 {
-        return Err(format!(
-            "tensor {name} is {:?}, allowed is F32",
-            view.dtype()
-        ));
-    }
-    let values = view
-        .data()
-        .chunks_exact(4)
-        .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-        .collect();
-    Ok(HostTensor {
-        shape: view.shape().to_vec(),
-        values,
-    })
-}
-
-fn as_bytes(values: &[f32]) -> &[u8] {
-    // Only little-endian targets have the file's byte order in memory.
-    const _: () = assert!(cfg!(target_endian = "little"));
-    bytemuck::cast_slice(values)
-}
-
-/// A hash of all that a checkpoint means: state, names, shapes and values.
-///
-/// Each round is a bijection of the running value, so that two files that differ in one place
-/// never agree.
-fn checksum(state: &RunState, views: &[(String, TensorView)]) -> std::result::Result<u64, String> {
-    let mut sorted: Vec<&(String, TensorView)> = views.iter().collect();
-    sorted.sort_by(|a, b| a.0.cmp(&b.0));
-    let state = serde_json::to_vec(state).map_err(|error| error.to_string())?;
-    let mut hash = Hasher::new();
-    hash.bytes(&state);
-    for (name, view) in sorted {
-        hash.bytes(name.as_bytes());
-        hash.bytes(format!("{:?}", view.dtype()).as_bytes());
-        hash.word(view.shape().len() as u64);
-        for dim in view.shape() {
-            hash.word(*dim as u64);
-        }
-        hash.bytes(view.data());
-    }
-    Ok(hash.0)
-}
-
-struct Hasher(u64);
-
-impl Hasher {
-    fn new() -> Self {
-        Hasher(0xcbf2_9ce4_8422_2325)
-    }
-
-    /// FNV-1a on words, with a shift so that high bits reach low ones.
-    fn word(&mut self, word: u64) {
-        let mixed = (self.0 ^ word).wrapping_mul(0x0000_0100_0000_01b3);
-        self.0 = mixed ^ (mixed >> 29);
-    }
-
-    fn bytes(&mut self, bytes: &[u8]) {
-        self.word(bytes.len() as u64);
-        let mut words = bytes.chunks_exact(8);
-        for word in &mut words {
-            let mut buffer = [0; 8];
-            buffer.copy_from_slice(word);
-            self.word(u64::from_le_bytes(buffer));
-        }
-        let mut rest = [0; 8];
-        rest[..words.remainder().len()].copy_from_slice(words.remainder());
-        self.word(u64::from_le_bytes(rest));
     }
 }
 
@@ -285,23 +122,30 @@ fn set_ordinary_permissions(_file: &File) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use rand::{RngExt, SeedableRng};
-
+    use super::super::params::HostTensor;
+    use super::super::ranks::{Cut, Cuts};
     use super::*;
 
-    fn sample() -> Checkpoint {
-        let tensor = |shape: &[usize], offset: f32| HostTensor {
+    fn tensor(shape: &[usize], offset: f32) -> HostTensor {
+        HostTensor {
             shape: shape.to_vec(),
             values: (0..shape.iter().product::<usize>())
                 .map(|i| i as f32 * 0.37 - offset)
                 .collect(),
-        };
+        }
+    }
+
+    fn sample() -> Checkpoint {
         let model = HostTensors::from([
-            ("blocks.0.weight".to_owned(), tensor(&[5, 7], 3.0)),
-            ("blocks.0.bias".to_owned(), tensor(&[7], 0.5)),
+            ("blocks.0.w1".to_owned(), tensor(&[2, 3, 5], 3.0)),
+            ("blocks.0.w2".to_owned(), tensor(&[2, 5, 3], 1.0)),
             ("scale".to_owned(), tensor(&[1], 9.0)),
         ]);
-        let optimizer = HostTensors::from([("m.scale".to_owned(), tensor(&[1], 2.0))]);
+        let optimizer = HostTensors::from([
+            ("first.blocks.0.w1".to_owned(), tensor(&[2, 3, 5], 2.0)),
+            ("first.scale".to_owned(), tensor(&[1], 2.0)),
+            ("steps".to_owned(), tensor(&[2], 0.0)),
+        ]);
         let state = RunState {
             name: "digits".to_owned(),
             step: 41,
@@ -323,54 +167,91 @@ mod tests {
         }
     }
 
-    #[test]
-    fn survives_a_round_trip_through_a_file() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("last.safetensors");
-        sample().save(&path).unwrap();
-        sample().save(&path).unwrap();
-        assert_eq!(Checkpoint::load(&path).unwrap(), sample());
-        let left: Vec<_> = fs::read_dir(directory.path()).unwrap().collect();
-        assert_eq!(left.len(), 1, "temporary files stay behind: {left:?}");
+    /// Saves as ranks with these hidden widths do.
+    fn save(directory: &Path, widths: &[usize]) {
+        let whole = sample();
+        let cut = |name: &str, axis| {
+            let cut = Cut {
+                shape: whole.model[name].shape.clone(),
+                axis,
+                lengths: widths.to_vec(),
+            };
+            (name.to_owned(), cut)
+        };
+        let cuts: Cuts = [cut("blocks.0.w1", 2), cut("blocks.0.w2", 1)]
+            .into_iter()
+            .collect();
+        let seals = (0..widths.len()).map(|rank| {
+            let model = whole.model.iter().map(|(name, tensor)| {
+                let own = cuts.get(name).and_then(|cut| cut.slice(rank, tensor));
+                (name.clone(), own.unwrap_or_else(|| tensor.clone()))
+            });
+            let optimizer = cuts.slice_state(rank, whole.optimizer.clone());
+            let keep = |name: &str| rank == 0 || cuts.contains(name);
+            files::write_part(directory, rank, &model.collect(), &optimizer, keep).unwrap()
+        });
+        let seals = seals.collect();
+        files::write_manifest(directory, seals, &cuts, &whole.state).unwrap();
     }
 
     #[test]
-    fn same_content_gives_the_same_bytes() {
-        assert_eq!(sample().to_bytes().unwrap(), sample().to_bytes().unwrap());
-    }
-
-    #[test]
-    fn every_flipped_bit_is_noticed() {
-        let bytes = sample().to_bytes().unwrap();
-        for bit in 0..bytes.len() * 8 {
-            let mut damaged = bytes.clone();
-            damaged[bit / 8] ^= 1 << (bit % 8);
-            // A flip may turn one spelling of a value into another of the same value.
-            if let Ok(read) = Checkpoint::from_bytes(&damaged) {
-                assert_eq!(read, sample(), "bit {bit}");
-            }
+    fn what_ranks_save_is_whole_whatever_their_number() {
+        for widths in [&[5][..], &[2, 3], &[3, 1, 1], &[0, 4, 0, 1]] {
+            let directory = tempfile::tempdir().unwrap();
+            save(directory.path(), widths);
+            assert_eq!(Checkpoint::load(directory.path()).unwrap(), sample());
         }
+    }
+
+    /// The files of a checkpoint, and a way to write one anew.
+    fn each_file(widths: &[usize], mut test: impl FnMut(&Path, &Path, &[u8])) {
+        let directory = tempfile::tempdir().unwrap();
+        save(directory.path(), widths);
+        for entry in fs::read_dir(directory.path()).unwrap() {
+            let path = entry.unwrap().path();
+            let bytes = fs::read(&path).unwrap();
+            test(directory.path(), &path, &bytes);
+            fs::write(&path, &bytes).unwrap();
+        }
+        assert_eq!(Checkpoint::load(directory.path()).unwrap(), sample());
+    }
+
+    #[test]
+    fn every_flipped_byte_is_noticed() {
+        each_file(&[3, 2], |directory, path, bytes| {
+            for at in 0..bytes.len() {
+                let mut damaged = bytes.to_vec();
+                damaged[at] ^= 1 << (at % 8);
+                fs::write(path, damaged).unwrap();
+                let loaded = Checkpoint::load(directory);
+                assert!(loaded.is_err(), "byte {at} of {}", path.display());
+            }
+        });
     }
 
     #[test]
     fn every_truncation_and_extension_is_refused() {
-        let bytes = sample().to_bytes().unwrap();
-        for length in 0..bytes.len() {
-            assert!(
-                Checkpoint::from_bytes(&bytes[..length]).is_err(),
-                "{length}"
-            );
-        }
-        let longer = [bytes, vec![0; 3]].concat();
-        assert!(Checkpoint::from_bytes(&longer).is_err());
+        each_file(&[3, 2], |directory, path, bytes| {
+            for length in 0..bytes.len() {
+                fs::write(path, &bytes[..length]).unwrap();
+                let loaded = Checkpoint::load(directory);
+                assert!(loaded.is_err(), "{length} bytes of {}", path.display());
+            }
+            fs::write(path, [bytes, b"\n"].concat()).unwrap();
+            assert!(Checkpoint::load(directory).is_err());
+            fs::remove_file(path).unwrap();
+            assert!(Checkpoint::load(directory).is_err());
+        });
     }
 
     #[test]
-    fn random_bytes_are_refused() {
-        let mut rng = rand::rngs::StdRng::seed_from_u64(5);
-        for length in [0, 1, 7, 8, 9, 100, 4096] {
-            let bytes: Vec<u8> = (0..length).map(|_| rng.random()).collect();
-            assert!(Checkpoint::from_bytes(&bytes).is_err());
+    fn files_replace_others_whole_and_leave_nothing_behind() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        for text in ["first", "second"] {
+            write_atomically(&path, text.as_bytes()).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), text);
         }
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 }

@@ -14,7 +14,7 @@ use super::faults::DeviceFaults;
 use super::images::{TestImages, prepare_file};
 use super::optimizer::averages;
 use super::params::{read_params, write_params};
-use super::ranks::{RankJob, Ranks, Seat, launch};
+use super::ranks::{RankJob, Ranks, Seat, Snapshot, launch};
 use super::request::ParallelOverrides;
 use super::run_dir::RunDir;
 use super::setup::check_classes;
@@ -41,12 +41,24 @@ pub struct Trained {
 }
 
 impl Trained {
-    /// Reads a checkpoint file.
+    /// Reads a checkpoint's directory.
     ///
     /// # Errors
     /// [`TrainError`] if it is missing, damaged or of another version.
     pub fn load(path: &Path) -> Result<Self> {
-        let checkpoint = Checkpoint::load(path)?;
+        Self::of(Checkpoint::load(path)?, path)
+    }
+
+    /// Reads a run's best checkpoint, or the latest if there is no best one.
+    ///
+    /// # Errors
+    /// As [`Trained::load`], if no checkpoint of the run is whole.
+    pub fn load_best(run: &RunDir) -> Result<Self> {
+        let (checkpoint, path) = run.load_best()?;
+        Self::of(checkpoint, &path)
+    }
+
+    fn of(checkpoint: Checkpoint, path: &Path) -> Result<Self> {
         let origin = "the checkpoint's configuration";
         let config = Config::from_toml::<&str>(&checkpoint.state.config, origin, &[])?;
         Ok(Trained {
@@ -309,7 +321,7 @@ impl Job for Import {
         let (model, report) = import_file(model, &request.weights, request.options)?;
         let weights = read_params(&model).map_err(TrainError::device("while weights were read"))?;
         request.faults.check("while weights were read")?;
-        let checkpoint = Checkpoint {
+        let snapshot = Snapshot {
             state: RunState {
                 name: request.name,
                 step: 0,
@@ -334,8 +346,7 @@ impl Job for Import {
         ] {
             fs::write(&path, text).map_err(TrainError::io("write", path))?;
         }
-        checkpoint.save(&run.best())?;
-        checkpoint.save(&run.last())?;
+        Ranks::alone().save(&run, &snapshot, 1, true)?;
         Ok(report)
     }
 }

@@ -1,10 +1,11 @@
 //! The directory of a run and what lies where in it.
 
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::checkpoint::Checkpoint;
+use super::checkpoint::{Checkpoint, write_atomically};
 use super::error::{Result, TrainError};
 
 /// The directory of a run.
@@ -61,10 +62,10 @@ impl RunDir {
                 "give the --output of an earlier `swin-moe train`",
             ));
         }
-        if !run.last().is_file() && !run.best().is_file() {
+        if run.by_age()?.is_empty() {
             return Err(fault(
                 root,
-                "it holds neither checkpoints/last.safetensors nor checkpoints/best.safetensors",
+                "there is no checkpoint in its checkpoints/",
                 "give the --output of a `swin-moe train` that has saved a checkpoint",
             ));
         }
@@ -98,68 +99,174 @@ impl RunDir {
         self.root.join("report.html")
     }
 
-    /// The checkpoint to resume from.
-    pub fn last(&self) -> PathBuf {
-        self.checkpoints().join("last.safetensors")
-    }
-
-    /// The checkpoint with the best test accuracy.
-    pub fn best(&self) -> PathBuf {
-        self.checkpoints().join("best.safetensors")
-    }
-
-    /// The checkpoint to evaluate: the best, or the last if there was no evaluation.
-    pub fn best_or_last(&self) -> PathBuf {
-        let best = self.best();
-        if best.is_file() { best } else { self.last() }
-    }
-
-    /// Replaces the last checkpoint; `keep` of the latest stay, older ones as `step-N`.
+    /// Reads the newest checkpoint that is whole. Of those that are not, a line goes to the log.
     ///
     /// # Errors
-    /// [`TrainError::Io`] if it cannot be written; the earlier one then stands.
-    pub fn save_last(&self, checkpoint: &Checkpoint, keep: usize) -> Result<()> {
-        let last = self.last();
-        if keep < 2 {
-            return checkpoint.save(&last);
+    /// Why the newest one cannot be read, if none can.
+    pub fn load_last(&self) -> Result<(Checkpoint, PathBuf)> {
+        first_whole(self.by_age()?)
+    }
+
+    /// Reads the checkpoint with the best test accuracy; [`RunDir::load_last`] if there is none.
+    ///
+    /// # Errors
+    /// As [`RunDir::load_last`].
+    pub fn load_best(&self) -> Result<(Checkpoint, PathBuf)> {
+        let mut paths = self.by_age()?;
+        if let Some(best) = self.best() {
+            // In front of the others, which are what is left if it is damaged.
+            paths.retain(|path| *path != best);
+            paths.insert(0, best);
         }
-        // The copy first: at no moment is there no checkpoint to resume from.
-        let numbered = self.numbered(checkpoint.state.step);
-        checkpoint.save(&numbered)?;
-        checkpoint.save(&last)?;
-        self.drop_older(keep)
+        first_whole(paths)
     }
 
-    fn numbered(&self, step: u64) -> PathBuf {
-        self.checkpoints()
-            .join(format!("step-{step:010}.safetensors"))
+    /// Makes a written directory the checkpoint of `step`, and gives its name.
+    ///
+    /// # Errors
+    /// [`TrainError::Io`] if it cannot be renamed.
+    pub(super) fn adopt(&self, staging: &Path, step: u64) -> Result<String> {
+        let mut name = Name { step, revision: 0 };
+        let mut path = self.checkpoints().join(name.to_string());
+        while path.exists() {
+            name.revision += 1;
+            path = self.checkpoints().join(name.to_string());
+        }
+        fs::rename(staging, &path).map_err(TrainError::io("rename", staging))?;
+        Ok(name.to_string())
     }
 
-    /// Removes all numbered checkpoints but the `keep` latest.
-    fn drop_older(&self, keep: usize) -> Result<()> {
-        let directory = self.checkpoints();
-        let entries =
-            fs::read_dir(&directory).map_err(TrainError::io("read the directory", &directory))?;
-        let mut numbered: Vec<PathBuf> = entries
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(|path| {
-                path.file_name()
-                    .and_then(|name| name.to_str())
-                    .is_some_and(|name| name.starts_with("step-"))
-            })
-            .collect();
-        // Steps are padded with zeros: names sort as steps do.
-        numbered.sort();
-        let surplus = numbered.len().saturating_sub(keep);
-        for path in &numbered[..surplus] {
-            fs::remove_file(path).map_err(TrainError::io("remove", path))?;
+    /// Notes which checkpoint is the best.
+    ///
+    /// # Errors
+    /// [`TrainError::Io`] if the note cannot be written.
+    pub(super) fn set_best(&self, name: &str) -> Result<()> {
+        write_atomically(&self.checkpoints().join(BEST), name.as_bytes())
+    }
+
+    /// Removes all checkpoints but the `keep` latest and the best.
+    ///
+    /// # Errors
+    /// [`TrainError::Io`] if one cannot be removed.
+    pub(super) fn drop_older(&self, keep: usize) -> Result<()> {
+        let best = self.best();
+        for path in self.by_age()?.into_iter().skip(keep.max(1)) {
+            if Some(&path) != best.as_ref() {
+                fs::remove_dir_all(&path).map_err(TrainError::io("remove", path))?;
+            }
         }
         Ok(())
     }
 
-    fn checkpoints(&self) -> PathBuf {
+    /// Gives other names to the checkpoints that are newer than `path`: they are damaged, and
+    /// their places will be needed.
+    ///
+    /// # Errors
+    /// [`TrainError::Io`] if one cannot be renamed.
+    pub(super) fn set_newer_aside(&self, path: &Path) -> Result<()> {
+        for newer in self.by_age()? {
+            if newer == path {
+                break;
+            }
+            let name = newer.file_name().unwrap_or_default().to_string_lossy();
+            let aside = self.checkpoints().join(format!("damaged-{name}"));
+            if aside.exists() {
+                fs::remove_dir_all(&aside).map_err(TrainError::io("remove", &aside))?;
+            }
+            fs::rename(&newer, aside).map_err(TrainError::io("rename", &newer))?;
+        }
+        Ok(())
+    }
+
+    /// Where a checkpoint is written until it is whole.
+    pub(super) fn staging(&self) -> PathBuf {
+        self.checkpoints().join(".saving")
+    }
+
+    pub(super) fn checkpoints(&self) -> PathBuf {
         self.root.join("checkpoints")
     }
+
+    fn best(&self) -> Option<PathBuf> {
+        let name = fs::read_to_string(self.checkpoints().join(BEST)).ok()?;
+        let name = Name::parse(&name)?;
+        Some(self.checkpoints().join(name.to_string())).filter(|path| path.is_dir())
+    }
+
+    /// The checkpoints, newest first.
+    fn by_age(&self) -> Result<Vec<PathBuf>> {
+        let directory = self.checkpoints();
+        if !directory.is_dir() {
+            return Ok(Vec::new());
+        }
+        let entries =
+            fs::read_dir(&directory).map_err(TrainError::io("read the directory", &directory))?;
+        let mut names: Vec<Name> = entries
+            .filter_map(|entry| Name::parse(entry.ok()?.file_name().to_str()?))
+            .collect();
+        names.sort();
+        let paths = names
+            .iter()
+            .rev()
+            .map(|name| directory.join(name.to_string()));
+        Ok(paths.filter(|path| path.is_dir()).collect())
+    }
+}
+
+/// The note with the best checkpoint's name.
+const BEST: &str = "best";
+
+/// A checkpoint's name, `step-0000000041`; with `.1` and so on for later ones of the same step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Name {
+    step: u64,
+    revision: u32,
+}
+
+impl Name {
+    fn parse(text: &str) -> Option<Self> {
+        let numbers = text.strip_prefix("step-")?;
+        let (step, revision) = match numbers.split_once('.') {
+            Some((step, revision)) => (step, revision.parse().ok()?),
+            None => (numbers, 0),
+        };
+        let name = Name {
+            step: step.parse().ok()?,
+            revision,
+        };
+        (name.to_string() == text).then_some(name)
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "step-{:010}", self.step)?;
+        match self.revision {
+            0 => Ok(()),
+            revision => write!(f, ".{revision}"),
+        }
+    }
+}
+
+fn first_whole(paths: Vec<PathBuf>) -> Result<(Checkpoint, PathBuf)> {
+    let mut failure = None;
+    for path in paths {
+        match Checkpoint::load(&path) {
+            Ok(checkpoint) => {
+                if failure.is_some() {
+                    log::warn!("using {} instead", path.display());
+                }
+                return Ok((checkpoint, path));
+            }
+            Err(error) => {
+                log::warn!("{error}");
+                failure.get_or_insert(error);
+            }
+        }
+    }
+    Err(failure.unwrap_or_else(|| {
+        TrainError::Request("there is no checkpoint; start a new run".to_owned())
+    }))
 }
 
 fn fault(path: &Path, reason: &str, remedy: &str) -> TrainError {
@@ -240,9 +347,48 @@ mod tests {
         let run = RunDir::create(&root).unwrap();
         assert!(RunDir::create(&root).is_err());
         assert!(RunDir::open(&root).is_err());
-        fs::write(run.last(), b"").unwrap();
+        fs::create_dir(run.checkpoints().join("step-0000000003")).unwrap();
         assert_eq!(RunDir::open(&root).unwrap(), run);
-        assert_eq!(run.best_or_last(), run.last());
-        assert!(RunDir::create(&run.last()).is_err());
+        fs::write(root.join("file"), b"").unwrap();
+        assert!(RunDir::create(&root.join("file")).is_err());
+    }
+
+    #[test]
+    fn the_newest_and_the_best_are_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let run = RunDir::create(&directory.path().join("run")).unwrap();
+        let save = |step| {
+            fs::create_dir(run.staging()).unwrap();
+            run.adopt(&run.staging(), step).unwrap()
+        };
+        assert_eq!(save(9), "step-0000000009");
+        run.set_best(&save(10)).unwrap();
+        for revision in 1..=11 {
+            assert_eq!(save(10), format!("step-0000000010.{revision}"));
+        }
+        fs::create_dir(run.checkpoints().join("step-7")).unwrap();
+        run.drop_older(2).unwrap();
+        let names = |paths: Vec<PathBuf>| -> Vec<String> {
+            let name = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().to_owned();
+            paths.iter().map(name).collect()
+        };
+        let left = names(run.by_age().unwrap());
+        assert_eq!(
+            left,
+            [
+                "step-0000000010.11",
+                "step-0000000010.10",
+                "step-0000000010"
+            ]
+        );
+        let oldest = run.checkpoints().join("step-0000000010");
+        run.set_newer_aside(&oldest).unwrap();
+        assert_eq!(names(run.by_age().unwrap()), ["step-0000000010"]);
+        assert!(
+            run.checkpoints()
+                .join("damaged-step-0000000010.11")
+                .is_dir()
+        );
+        assert!(run.load_last().is_err());
     }
 }

@@ -6,7 +6,7 @@ use burn::module::AutodiffModule;
 use burn::tensor::Tensor;
 use hexa_ops::TrainingBackend;
 
-use super::checkpoint::{Checkpoint, RunState};
+use super::checkpoint::RunState;
 use super::device::{self, scalar};
 use super::error::{Result, TrainError};
 use super::evaluate::evaluate_together;
@@ -17,7 +17,7 @@ use super::optimizer::{AdamW, FlatGradients};
 use super::params::read_params;
 use super::progress::Progress;
 use super::random::step_seed;
-use super::ranks::Ranks;
+use super::ranks::{Ranks, Snapshot};
 use super::report;
 use super::request::{Control, End, Outcome};
 use super::run_dir::RunDir;
@@ -122,7 +122,7 @@ impl<B: TrainingBackend> Session<'_, B> {
             }
         }
         if end.is_some() {
-            self.save_last()?;
+            self.save(false)?;
         }
         self.progress.finish();
         self.write_report()?;
@@ -168,7 +168,7 @@ impl<B: TrainingBackend> Session<'_, B> {
                 return Ok(end);
             }
             if save_every.is_some_and(|every| self.place.step.is_multiple_of(every)) {
-                self.save_last()?;
+                self.save(false)?;
                 pace = Pace::new();
             }
         }
@@ -367,14 +367,7 @@ impl<B: TrainingBackend> Session<'_, B> {
         if improved {
             self.place.best_top1 = self.place.last_eval.as_ref().map(|eval| eval.top1);
         }
-        let checkpoint = self.checkpoint()?;
-        if self.ranks.is_lead() {
-            if improved {
-                checkpoint.save(&self.run.best())?;
-            }
-            self.run
-                .save_last(&checkpoint, self.config.checkpoint.keep_last)?;
-        }
+        self.save(improved)?;
         self.write_report()
     }
 
@@ -409,28 +402,24 @@ impl<B: TrainingBackend> Session<'_, B> {
         Ok(())
     }
 
-    fn save_last(&mut self) -> Result<()> {
-        let checkpoint = self.checkpoint()?;
-        if self.ranks.is_lead() {
-            self.run
-                .save_last(&checkpoint, self.config.checkpoint.keep_last)?;
-        }
-        Ok(())
+    fn save(&mut self, is_best: bool) -> Result<()> {
+        let snapshot = self.snapshot()?;
+        let keep = self.config.checkpoint.keep_last;
+        self.ranks.save(&self.run, &snapshot, keep, is_best)
     }
 
-    /// The run as it stands, on the host; an error rather than a checkpoint that is no number.
-    fn checkpoint(&mut self) -> Result<Checkpoint> {
+    /// The run as it stands, on the host; an error rather than weights that are no numbers.
+    fn snapshot(&mut self) -> Result<Snapshot> {
         let lr = self.schedule.lr_at(self.place.step);
         let (ce_sum, aux_sum) = self.check_sums(lr)?;
         let model =
             read_params(&self.model).map_err(TrainError::device("while the model was read"))?;
-        let model = self.ranks.gather_model(model)?;
         for tensor in model.values() {
             if let Some(bad) = tensor.values.iter().find(|value| !value.is_finite()) {
                 self.check_finite(*bad, lr)?;
             }
         }
-        let optimizer = self.ranks.gather_state(self.optimizer.state()?)?;
+        let optimizer = self.optimizer.state()?;
         self.check_device()?;
         let state = RunState {
             name: self.facts.name.clone(),
@@ -446,7 +435,7 @@ impl<B: TrainingBackend> Session<'_, B> {
             config: self.config.to_toml(),
             class_names: self.images.class_names().to_vec(),
         };
-        Ok(Checkpoint {
+        Ok(Snapshot {
             state,
             model,
             optimizer,

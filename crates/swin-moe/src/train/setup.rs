@@ -1,7 +1,7 @@
 //! From a request to a session: directories, data, model, optimizer.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
@@ -44,7 +44,7 @@ pub fn train(request: TrainRequest) -> Result<Outcome> {
 /// As [`train`], and if the directory or its checkpoint is not usable.
 pub fn resume(request: ResumeRequest) -> Result<Outcome> {
     let run = RunDir::open(&request.run)?;
-    let checkpoint = Checkpoint::load(&run.last())?;
+    let (checkpoint, path) = run.load_last()?;
     let mut config = Config::from_toml::<&str>(
         &checkpoint.state.config,
         "the checkpoint's configuration",
@@ -59,6 +59,7 @@ pub fn resume(request: ResumeRequest) -> Result<Outcome> {
     let backend = request.backend.unwrap_or(checkpoint.state.backend);
     let job = Continue {
         run,
+        path,
         checkpoint: Arc::new(checkpoint),
         config,
         images,
@@ -150,6 +151,7 @@ impl RankJob for Start {
 #[derive(Clone)]
 struct Continue {
     run: RunDir,
+    path: PathBuf,
     checkpoint: Arc<Checkpoint>,
     config: Config,
     images: Images,
@@ -166,7 +168,7 @@ impl RankJob for Continue {
             model: weights,
             optimizer: moments,
         } = Arc::unwrap_or_clone(self.checkpoint);
-        let path = self.run.last();
+        let path = self.path;
         let unfit = |reason: String| TrainError::Checkpoint {
             path: path.clone(),
             reason,
@@ -183,6 +185,7 @@ impl RankJob for Continue {
             optimizer.load_state(moments).map_err(unfit)?;
         }
         let metrics = if ranks.is_lead() {
+            self.run.set_newer_aside(&path)?;
             MetricsWriter::resume(&self.run.metrics(), state.metrics_bytes)?
         } else {
             MetricsWriter::nowhere(&self.run.metrics())

@@ -107,7 +107,7 @@ pub fn cases(scratch: &Path) -> Vec<Case> {
         (
             "resume of what is no run",
             "train --resume no-run",
-            "last.safetensors",
+            "there is no checkpoint",
         ),
         (
             "resume of a file",
@@ -117,7 +117,7 @@ pub fn cases(scratch: &Path) -> Vec<Case> {
         (
             "eval of what is no run",
             "eval --run no-run",
-            "last.safetensors",
+            "there is no checkpoint",
         ),
         (
             "a missing checkpoint",

@@ -7,7 +7,7 @@ use swin_moe::weights::{HostTensor, read_safetensors, write_safetensors};
 
 use crate::bad_input::Case;
 use crate::files::{Numbers, image_folder, write_picture};
-use crate::harness::{TOP1_LINEAR, fixture, succeed, train_tiny, words};
+use crate::harness::{TOP1_LINEAR, fixture, last_checkpoint, succeed, train_tiny, words};
 
 /// Damaged copies of each kind of file.
 const COPIES: usize = 8;
@@ -26,51 +26,62 @@ pub fn cases(scratch: &Path) -> Vec<Case> {
 
 fn copy_run(from: &Path, to: &Path) -> PathBuf {
     fs::create_dir_all(to.join("checkpoints")).unwrap();
-    for name in ["metrics.jsonl", "checkpoints/last.safetensors"] {
-        fs::copy(from.join(name), to.join(name)).unwrap();
-    }
+    fs::copy(from.join("metrics.jsonl"), to.join("metrics.jsonl")).unwrap();
+    let last = last_checkpoint(from);
+    copy_checkpoint(
+        &last,
+        &to.join("checkpoints").join(last.file_name().unwrap()),
+    );
     to.to_path_buf()
 }
 
+fn copy_checkpoint(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for name in CHECKPOINT_FILES {
+        fs::copy(from.join(name), to.join(name)).unwrap();
+    }
+}
+
+const CHECKPOINT_FILES: [&str; 2] = ["rank-0000.safetensors", "manifest.jsonl"];
+
 /// Our own checkpoints: every byte is covered by a checksum.
 fn checkpoints(scratch: &Path, run: &Path) -> Vec<Case> {
-    let whole = fs::read(run.join("checkpoints/last.safetensors")).unwrap();
+    let last = last_checkpoint(run);
     let mut numbers = Numbers(1);
     let mut cases = Vec::new();
     for copy in 0..COPIES {
-        let path = scratch.join(format!("truncated-{copy}.safetensors"));
+        let path = scratch.join(format!("truncated-{copy}"));
+        copy_checkpoint(&last, &path);
+        let file = CHECKPOINT_FILES[copy % 2];
+        let whole = fs::read(path.join(file)).unwrap();
         let length = numbers.below(whole.len());
-        fs::write(&path, &whole[..length]).unwrap();
+        fs::write(path.join(file), &whole[..length]).unwrap();
         let line = match copy % 3 {
             0 => format!("eval --checkpoint {}", path.display()),
             1 => format!("info --checkpoint {}", path.display()),
             _ => format!("export --checkpoint {0} --output {0}.out", path.display()),
         };
         let name = format!("checkpoint of {length} of {} bytes", whole.len());
-        cases.push(Case::new(
-            name,
-            words(&line),
-            &["not a whole safetensors file"],
-        ));
+        cases.push(Case::new(name, words(&line), &[file]));
     }
-    // Beyond the header, in which a flip may turn a blank into another.
-    let header = 8 + u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
     for copy in 0..COPIES {
-        let path = scratch.join(format!("flipped-{copy}.safetensors"));
-        let at = header + numbers.below(whole.len() - header);
-        let mut bytes = whole.clone();
+        let path = scratch.join(format!("flipped-{copy}"));
+        copy_checkpoint(&last, &path);
+        let file = CHECKPOINT_FILES[copy % 2];
+        let mut bytes = fs::read(path.join(file)).unwrap();
+        let at = numbers.below(bytes.len());
         bytes[at] ^= 1 << numbers.below(8);
-        fs::write(&path, bytes).unwrap();
+        fs::write(path.join(file), bytes).unwrap();
         let line = format!("eval --checkpoint {}", path.display());
         let name = format!("checkpoint with another bit in byte {at}");
-        cases.push(Case::new(name, words(&line), &["its checksum is"]));
+        cases.push(Case::new(name, words(&line), &[file]));
     }
     let other = fixture("top2_cosine/weights.safetensors");
     let line = format!("eval --checkpoint {}", other.display());
     cases.push(Case::new(
         "published weights as a checkpoint",
         words(&line),
-        &["metadata"],
+        &["a checkpoint is a directory"],
     ));
     cases
 }
@@ -127,9 +138,9 @@ fn resumed(scratch: &Path, run: &Path) -> Vec<Case> {
         Case::new(
             "resume with an empty checkpoint",
             damaged("empty", &|run| {
-                fs::write(run.join("checkpoints/last.safetensors"), "").unwrap();
+                fs::write(last_checkpoint(run).join("manifest.jsonl"), "").unwrap();
             }),
-            &["last.safetensors"],
+            &["manifest.jsonl is not whole"],
         ),
         Case::new(
             "resume with other classes",

@@ -6,7 +6,9 @@ use std::path::Path;
 use safetensors::SafeTensors;
 
 use crate::files::{image_folder, write_picture};
-use crate::harness::{TOP1_LINEAR, fixture, run, sets, succeed, train_tiny, words};
+use crate::harness::{
+    TOP1_LINEAR, fixture, last_checkpoint, run, sets, succeed, train_tiny, words,
+};
 
 fn command(line: String) -> String {
     succeed(&words(&line)).stdout
@@ -28,6 +30,7 @@ fn a_folder_is_learnt_evaluated_and_predicted() {
     let folder = image_folder(&dir.path().join("images"));
     let run = dir.path().join("run");
     train_tiny(&run, &FOLDER, &format!("--data {}", folder.display()));
+    let checkpoint = last_checkpoint(&run).display().to_string();
     let run = run.display();
 
     let said = command(format!("eval --run {run}"));
@@ -35,7 +38,6 @@ fn a_folder_is_learnt_evaluated_and_predicted() {
         said.contains("6 images: top-1 100.00 %, top-5 100.00 %"),
         "{said}"
     );
-    let checkpoint = format!("{run}/checkpoints/last.safetensors");
     let elsewhere = format!("--data {}", folder.display());
     let last = command(format!("eval --checkpoint {checkpoint} {elsewhere}"));
     assert!(last.contains("6 images: "), "{last}");
@@ -181,8 +183,8 @@ fn info_counts_what_a_checkpoint_holds() {
         "{info}"
     );
 
-    let checkpoint = run.join("checkpoints/last.safetensors");
-    let bytes = fs::read(&checkpoint).unwrap();
+    let checkpoint = last_checkpoint(&run);
+    let bytes = fs::read(checkpoint.join("rank-0000.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let elements: usize = file
         .iter()

@@ -88,6 +88,23 @@ pub fn train_tiny(output: &Path, settings: &[&str], line: &str) -> Said {
     succeed(&arguments)
 }
 
+/// The directory of a run's latest checkpoint.
+pub fn last_checkpoint(run: &Path) -> PathBuf {
+    let entries = std::fs::read_dir(run.join("checkpoints")).unwrap();
+    let mut steps: Vec<PathBuf> = entries
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| {
+            path.file_name()
+                .unwrap()
+                .to_str()
+                .unwrap()
+                .starts_with("step-")
+        })
+        .collect();
+    steps.sort();
+    steps.pop().unwrap()
+}
+
 /// A file of the published model's reference cases.
 pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))

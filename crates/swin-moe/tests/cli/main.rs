@@ -6,9 +6,12 @@ mod bad_data;
 mod bad_files;
 mod bad_input;
 mod bad_weights;
+mod checkpoints;
 mod commands;
 mod files;
 mod harness;
+#[cfg(unix)]
+mod kills;
 mod loader;
 mod ranks;
 mod recipe;

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::Value;
 use swin_moe::config::Config;
 
-use crate::harness::{succeed, train_tiny, words};
+use crate::harness::{last_checkpoint, succeed, train_tiny, words};
 
 /// Everything random that a recipe has, on grey digits.
 const RECIPE: [&str; 11] = [
@@ -27,7 +27,7 @@ const RECIPE: [&str; 11] = [
 type Tensors = BTreeMap<String, Vec<f32>>;
 
 fn tensors(run: &Path) -> Tensors {
-    let bytes = fs::read(run.join("checkpoints/last.safetensors")).unwrap();
+    let bytes = fs::read(last_checkpoint(run).join("rank-0000.safetensors")).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     file.iter()
         .map(|(name, view)| {

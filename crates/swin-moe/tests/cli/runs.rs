@@ -7,13 +7,13 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::harness::{TINY, run, sets, succeed, train_tiny, words};
+use crate::harness::{TINY, last_checkpoint, run, sets, succeed, train_tiny, words};
 
 /// Steps of an epoch of [`TINY`]: 1,437 digits in batches of 240, the last partial one left out.
 const STEPS_PER_EPOCH: usize = 5;
 const EPOCHS: usize = 3;
 
-fn records(run: &Path) -> Vec<Value> {
+pub fn records(run: &Path) -> Vec<Value> {
     fs::read_to_string(run.join("metrics.jsonl"))
         .unwrap()
         .lines()
@@ -23,7 +23,7 @@ fn records(run: &Path) -> Vec<Value> {
 
 /// All records, but for the time that steps took. Numbers are written so that they read back
 /// equal to the bit: equal text is equal numbers.
-fn numbers(run: &Path) -> Vec<String> {
+pub fn numbers(run: &Path) -> Vec<String> {
     records(run)
         .into_iter()
         .map(|mut record| {
@@ -36,8 +36,8 @@ fn numbers(run: &Path) -> Vec<String> {
 }
 
 /// The bytes of every tensor of a checkpoint: weights and moments.
-fn tensors(run: &Path) -> BTreeMap<String, Vec<u8>> {
-    let bytes = fs::read(run.join("checkpoints/last.safetensors")).unwrap();
+pub fn tensors(run: &Path) -> BTreeMap<String, Vec<u8>> {
+    let bytes = fs::read(last_checkpoint(run).join("rank-0000.safetensors")).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     file.iter()
         .map(|(name, view)| (name.to_owned(), view.data().to_vec()))
@@ -237,7 +237,13 @@ fn a_run_leaves_settings_metrics_checkpoints_and_a_report() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     checkpoints.sort();
-    assert_eq!(checkpoints, ["best.safetensors", "last.safetensors"]);
+    let best = fs::read_to_string(run.join("checkpoints/best")).unwrap();
+    assert!(checkpoints.contains(&best), "{best}");
+    checkpoints.retain(|name| *name != best && name != "best");
+    let last = STEPS_PER_EPOCH * EPOCHS;
+    let expected = [last - STEPS_PER_EPOCH, last].map(|step| format!("step-{step:010}"));
+    let expected: Vec<_> = expected.into_iter().filter(|name| *name != best).collect();
+    assert_eq!(checkpoints, expected);
 }
 
 #[test]

@@ -1,6 +1,4 @@
-//! What ranks add up: gradients, losses, tallies; and what the lead gathers for a checkpoint.
-
-use std::collections::BTreeSet;
+//! What ranks add up: gradients, losses, tallies.
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData};
@@ -14,7 +12,6 @@ use crate::train::classes::Confusion;
 use crate::train::device::read;
 use crate::train::error::Result;
 use crate::train::optimizer::{AdamW, FlatGradients};
-use crate::train::params::HostTensors;
 use crate::train::tally::Tally;
 
 impl Ranks {
@@ -90,27 +87,6 @@ impl Ranks {
             &all.map_err(MoeError::from)?.into_u32(),
         ))
     }
-
-    /// Whole tensors from all ranks' slices of them; other tensors stay as they are.
-    pub(in crate::train) fn gather_model(&self, tensors: HostTensors) -> Result<HostTensors> {
-        match &self.0 {
-            Some(member) => member.gather(&[""], tensors),
-            None => Ok(tensors),
-        }
-    }
-
-    /// An optimizer's whole state from all ranks' parts of it.
-    pub(in crate::train) fn gather_state(&self, tensors: HostTensors) -> Result<HostTensors> {
-        let Some(member) = &self.0 else {
-            return Ok(tensors);
-        };
-        let kinds: BTreeSet<String> = tensors
-            .keys()
-            .filter_map(|name| Some(format!("{}.", name.split_once('.')?.0)))
-            .collect();
-        let kinds: Vec<&str> = kinds.iter().map(String::as_str).collect();
-        member.gather(&kinds, tensors)
-    }
 }
 
 impl Member {
@@ -160,21 +136,6 @@ impl Member {
             .sum();
         let norm = (common_squares + of_slices).sqrt() as f32;
         Ok((sums, Tensor::full([1], norm, &device)))
-    }
-
-    /// Replaces the slices of each kind by whole tensors. A rank may have none of an empty slice.
-    fn gather(&self, kinds: &[&str], mut tensors: HostTensors) -> Result<HostTensors> {
-        let comm = self.context.comm();
-        for kind in kinds {
-            for (name, cut) in self.cuts.iter() {
-                let name = format!("{kind}{name}");
-                let own = tensors.remove(&name).map_or(Vec::new(), |own| own.values);
-                let slices = comm.all_gather_v(&name, own, &cut.counts());
-                let whole = cut.join(&slices.map_err(MoeError::from)?);
-                tensors.insert(name, whole);
-            }
-        }
-        Ok(tensors)
     }
 }
 

@@ -7,6 +7,7 @@
 mod exchange;
 mod launch;
 mod plan;
+mod save;
 mod slices;
 
 use std::cell::Cell;
@@ -18,7 +19,6 @@ use hexa_moe::parallel::{
 };
 use hexa_ops::{ExpertOps, TrainingBackend};
 
-use self::slices::Cuts;
 use super::error::Result;
 use super::optimizer::{AdamW, AdamWConfig};
 use super::params::HostTensors;
@@ -27,6 +27,8 @@ use crate::data::{Batch, BatchPart};
 use crate::model::SwinMoe;
 
 pub(super) use launch::{RankJob, Seat, launch};
+pub(super) use save::Snapshot;
+pub(super) use slices::{Cut, Cuts};
 
 /// This rank's ties to the others; none for a run alone.
 #[derive(Debug, Default)]

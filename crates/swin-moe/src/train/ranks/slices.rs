@@ -6,14 +6,16 @@ use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use hexa_ops::ExpertOps;
+use serde::{Deserialize, Serialize};
 
 use crate::model::SwinMoe;
 use crate::train::params::{HostTensor, HostTensors, ModulePath};
 use hexa_moe::parallel::ParallelPlan;
 
 /// How a parameter is cut: along one dimension, one contiguous piece for each rank.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Cut {
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(in crate::train) struct Cut {
     /// Shape of the whole.
     pub shape: Vec<usize>,
     pub axis: usize,
@@ -21,12 +23,12 @@ pub(super) struct Cut {
 }
 
 /// The parameters that ranks have slices of, by name.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Cuts(BTreeMap<String, Cut>);
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::train) struct Cuts(BTreeMap<String, Cut>);
 
 impl Cuts {
     /// The cuts of a whole model's experts.
-    pub(super) fn of<B: ExpertOps>(model: &SwinMoe<B>, plan: &ParallelPlan) -> Self {
+    pub(in crate::train) fn of<B: ExpertOps>(model: &SwinMoe<B>, plan: &ParallelPlan) -> Self {
         let mut names = Names::default();
         model.visit(&mut names);
         let mut cuts = BTreeMap::new();
@@ -56,13 +58,35 @@ impl Cuts {
         Cuts(cuts)
     }
 
-    pub(super) fn contains(&self, name: &str) -> bool {
+    pub(in crate::train) fn contains(&self, name: &str) -> bool {
         self.0.contains_key(name)
     }
 
-    /// Names and cuts, in the order of names.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&String, &Cut)> {
-        self.0.iter()
+    /// The cut of a parameter.
+    pub(in crate::train) fn get(&self, name: &str) -> Option<&Cut> {
+        self.0.get(name)
+    }
+
+    /// Checks cuts that were read from a file.
+    pub(in crate::train) fn check(&self, world_size: usize) -> Result<(), String> {
+        for (name, cut) in &self.0 {
+            let sum = cut
+                .lengths
+                .iter()
+                .try_fold(0usize, |sum, &length| sum.checked_add(length));
+            let elements = cut
+                .shape
+                .iter()
+                .try_fold(1usize, |product, &length| product.checked_mul(length));
+            let fits = cut.lengths.len() == world_size
+                && elements.is_some()
+                && sum.is_some()
+                && cut.shape.get(cut.axis).copied() == sum;
+            if !fits {
+                return Err(format!("the slices of {name} are not of one whole"));
+            }
+        }
+        Ok(())
     }
 
     /// The cut of one of a parameter's moments: `kind.name`.
@@ -72,7 +96,7 @@ impl Cuts {
     }
 
     /// A rank's part of an optimizer's whole tensors; empty slices are left out.
-    pub(super) fn slice_state(&self, rank: usize, whole: HostTensors) -> HostTensors {
+    pub(in crate::train) fn slice_state(&self, rank: usize, whole: HostTensors) -> HostTensors {
         whole
             .into_iter()
             .filter_map(|(name, tensor)| match self.of_state(&name) {
@@ -84,13 +108,19 @@ impl Cuts {
     }
 }
 
+impl FromIterator<(String, Cut)> for Cuts {
+    fn from_iter<I: IntoIterator<Item = (String, Cut)>>(cuts: I) -> Self {
+        Cuts(cuts.into_iter().collect())
+    }
+}
+
 impl Cut {
     fn start(&self, rank: usize) -> usize {
         self.lengths[..rank].iter().sum()
     }
 
     /// A rank's slice; `None` if the tensor is not of the cut's size.
-    fn slice(&self, rank: usize, whole: &HostTensor) -> Option<HostTensor> {
+    pub(in crate::train) fn slice(&self, rank: usize, whole: &HostTensor) -> Option<HostTensor> {
         if whole.shape != self.shape {
             return None;
         }
@@ -107,20 +137,8 @@ impl Cut {
         Some(HostTensor { shape, values })
     }
 
-    /// Elements of each rank's slice.
-    pub(super) fn counts(&self) -> Vec<usize> {
-        let others: usize = self
-            .shape
-            .iter()
-            .enumerate()
-            .filter(|&(axis, _)| axis != self.axis)
-            .map(|(_, &length)| length)
-            .product();
-        self.lengths.iter().map(|length| length * others).collect()
-    }
-
     /// The whole, from all slices one after the other in the order of ranks.
-    pub(super) fn join(&self, slices: &[f32]) -> HostTensor {
+    pub(in crate::train) fn join(&self, slices: &[f32]) -> HostTensor {
         let shape = self.shape.clone();
         let inner: usize = shape[self.axis + 1..].iter().product();
         let row = shape[self.axis] * inner;
@@ -184,9 +202,6 @@ mod tests {
             let slices: Vec<HostTensor> = (0..3)
                 .map(|rank| cut.slice(rank, &whole).unwrap())
                 .collect();
-            for (slice, count) in slices.iter().zip(cut.counts()) {
-                assert_eq!(slice.values.len(), count);
-            }
             let joined: Vec<f32> = slices.iter().flat_map(|s| s.values.clone()).collect();
             assert_eq!(cut.join(&joined), whole);
         }

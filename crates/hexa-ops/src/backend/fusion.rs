@@ -568,7 +568,7 @@ impl<B: FusionBackend + ExpertKernels> ExpertKernels for Fusion<B> {
     fn gelu_backward(x: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
         let shape = x.shape.clone();
         register_float::<B, _>("hexa_gelu_backward", vec![x, grad], shape, |inputs| {
-            B::gelu_backward(inputs.float(), inputs.float())
+            <B as ExpertKernels>::gelu_backward(inputs.float(), inputs.float())
         })
     }
 

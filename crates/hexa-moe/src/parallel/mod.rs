@@ -27,7 +27,9 @@ mod layer;
 mod model_centric;
 mod setup;
 mod shard;
+mod shard_device;
 mod split;
+mod transfer;
 
 pub use cache::GatherCache;
 pub use comm::Communicator;

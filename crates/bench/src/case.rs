@@ -9,8 +9,7 @@ use burn::backend::Autodiff;
 use burn::tensor::backend::{AutodiffBackend, Backend, BackendTypes};
 use burn::tensor::{DType, Distribution, Tensor, TensorData};
 use hexa_ops::{
-    ExpertIndex, ExpertKernels, ExpertParams, FfnOptions, Gating, TrainingBackend, expert_ffn,
-    topk_gating,
+    ExpertIndex, ExpertKernels, ExpertParams, FfnOptions, TrainingBackend, expert_ffn, topk_gating,
 };
 use serde::Serialize;
 
@@ -127,23 +126,32 @@ impl<B: TrainingBackend> Inputs<B> {
     }
 
     /// Routing and expert FFN.
-    pub fn forward(&self, top_k: usize) -> Result<(Gating<B>, Tensor<B, 2>)> {
+    pub fn forward(&self, top_k: usize) -> Result<Tensor<B, 2>> {
         let gating = topk_gating(self.logits.clone(), top_k, true)?;
-        let index = ExpertIndex::from_gating(&gating);
+        let gates = gating.weights.clone().cast(self.x.dtype());
+        self.experts(gates, &ExpertIndex::from_gating(&gating))
+    }
+
+    /// The expert FFN of given choices and weights.
+    pub fn experts(&self, gates: Tensor<B, 2>, index: &ExpertIndex<B>) -> Result<Tensor<B, 2>> {
+        let options = FfnOptions::default();
         let y = expert_ffn(
             self.x.clone(),
-            gating.weights.clone().cast(self.x.dtype()),
+            gates,
             self.params.clone(),
-            &index,
-            FfnOptions::default(),
+            index,
+            options,
             None,
         )?;
-        Ok((gating, y))
+        Ok(y)
     }
 }
 
 /// A tracked tensor of these elements in `dtype`, without the graph of the conversion.
-fn leaf<B: TrainingBackend, const D: usize>(tensor: Tensor<B, D>, dtype: DType) -> Tensor<B, D> {
+pub fn leaf<B: TrainingBackend, const D: usize>(
+    tensor: Tensor<B, D>,
+    dtype: DType,
+) -> Tensor<B, D> {
     Tensor::from_inner(tensor.inner().cast(dtype)).require_grad()
 }
 
@@ -189,7 +197,7 @@ pub fn measure<K: ExpertKernels>(
         Tensor::<K, 2>::random([shape.tokens, shape.d_model], normal, device).cast(dtype);
     let forward = || inputs.forward(shape.top_k).map(drop);
     let forward_backward = || -> Result<()> {
-        let (_, y) = inputs.forward(shape.top_k)?;
+        let y = inputs.forward(shape.top_k)?;
         drop(with_gradient(y, upstream.clone()).backward());
         Ok(())
     };

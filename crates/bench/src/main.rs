@@ -43,6 +43,9 @@ enum Command {
         /// Program that times the peers.
         #[arg(long, default_value = "tools/peers/peers.py")]
         program: PathBuf,
+        /// Peers that the program is to time, of those it has; all if none is named.
+        #[arg(long)]
+        only: Vec<String>,
         /// Further peers: importable modules with a function `layer(x, gates, expert_ids, params)`.
         #[arg(long = "peer")]
         peers: Vec<String>,
@@ -111,8 +114,17 @@ fn main() -> Result<()> {
             arguments,
             python,
             program,
+            only,
             peers,
-        } => (arguments, Some((python, program, peers))),
+        } => {
+            let program = peers::Program {
+                python,
+                program,
+                only,
+                modules: peers,
+            };
+            (arguments, Some(program))
+        }
     };
     let mut report = Report::default();
     for &backend in &arguments.backend {
@@ -122,8 +134,8 @@ fn main() -> Result<()> {
             report.push(name(backend), shape, timings);
         }
     }
-    if let Some((python, program, modules)) = peers {
-        peers::measure(&python, &program, &modules, &arguments, &mut report)?;
+    if let Some(program) = peers {
+        program.measure(&arguments, &mut report)?;
     }
     print!("{}", report.to_markdown());
     if let Some(path) = arguments.json {

@@ -136,7 +136,8 @@ pub struct MoeConfig {
     /// Weights of the auxiliary losses. Default: GShard, 0.01.
     #[serde(default)]
     pub balance: BalanceConfig,
-    /// Arithmetic of the router's f32 products. Default: strict f32.
+    /// Arithmetic of the products. The router's stay in f32, where half precision would send tokens
+    /// to other experts: they are strict with `bf16` and `f16`. Default: strict f32.
     #[serde(default)]
     pub precision: MatmulPrecision,
 }
@@ -253,7 +254,7 @@ impl MoeConfig {
             gate_noise: self.gate_noise,
             normalize_gate: self.normalize_gate,
             noise_in_training: true,
-            precision: self.precision,
+            precision: self.precision.of_f32_products(),
         }
     }
 
@@ -270,6 +271,7 @@ impl MoeConfig {
                 (true, false) => FfnBias::FrozenFc2,
                 (true, true) => FfnBias::Trained,
             },
+            precision: self.precision,
         }
     }
 

@@ -3,7 +3,9 @@
 use burn::module::{Initializer, Module, Param, ParamId};
 use burn::tensor::backend::Backend;
 use burn::tensor::{Distribution, Int, Tensor};
-use hexa_ops::{Activation, ExpertIndex, ExpertOps, ExpertParams, FfnOptions, Gating};
+use hexa_ops::{
+    Activation, ExpertIndex, ExpertOps, ExpertParams, FfnOptions, Gating, MatmulPrecision,
+};
 
 use crate::error::Result;
 
@@ -28,6 +30,10 @@ pub struct Experts<B: Backend> {
     /// The activation function.
     #[module(skip)]
     pub activation: Activation,
+    /// Arithmetic of the products: parameters and tokens are rounded to half precision on their way
+    /// in, if it says so.
+    #[module(skip)]
+    pub precision: MatmulPrecision,
 }
 
 /// Which biases experts have.
@@ -48,6 +54,7 @@ pub(crate) struct ExpertsSpec {
     pub dropout: f64,
     pub init_std: f64,
     pub bias: FfnBias,
+    pub precision: MatmulPrecision,
 }
 
 impl ExpertsSpec {
@@ -77,6 +84,7 @@ impl ExpertsSpec {
             num_experts,
             dropout: self.dropout,
             activation: self.activation,
+            precision: self.precision,
         }
     }
 }
@@ -101,8 +109,10 @@ fn frozen_zeros<B: Backend, const D: usize>(
 impl<B: ExpertOps> Experts<B> {
     /// `y_t = Σ_j g_tj · expert_{id(t, j)}(x_t)`: `[tokens, d_model]`.
     ///
-    /// The arithmetic is in the tokens' element type: parameters of another one (f32 masters of a
-    /// bf16 computation) are converted to it, and their gradients come back in their own.
+    /// The arithmetic is in the tokens' element type, or in the half precision that
+    /// [`Experts::precision`] names: what is of another type (f32 masters of a bf16 computation) is
+    /// converted to it, and gradients come back in each tensor's own. The result is of the type of
+    /// the arithmetic.
     ///
     /// # Shapes
     /// - `x`: `[tokens, d_model]`, float
@@ -117,7 +127,8 @@ impl<B: ExpertOps> Experts<B> {
         gate_weights: Tensor<B, 2>,
         index: &ExpertIndex<B>,
     ) -> Result<Tensor<B, 2>> {
-        let dtype = x.dtype();
+        let dtype = self.precision.operand_dtype(x.dtype());
+        let x = x.cast(dtype);
         let params = ExpertParams {
             w1: self.w1.val().cast(dtype),
             b1: self.b1.as_ref().map(|b1| b1.val().cast(dtype)),

@@ -122,6 +122,7 @@ impl<B: ExpertOps> Moe<B> {
             return Ok(self.no_tokens(x));
         }
 
+        let dtype = x.dtype();
         let x = x.reshape([tokens, self.d_model]);
         let routing = self.router.route(x.clone())?;
         let index = ExpertIndex::from_gating(&routing.gating);
@@ -133,7 +134,7 @@ impl<B: ExpertOps> Moe<B> {
         }
 
         Ok(MoeOutput {
-            output: output.reshape(shape),
+            output: output.cast(dtype).reshape(shape),
             aux_loss: self.balance.loss(&routing, self.router.gate_noise),
             load: self.load(index.counts(), routing.gating.probs),
         })

@@ -44,8 +44,8 @@ pub mod testing;
 mod types;
 
 pub use api::{
-    EsmmOptions, ExpertIndex, ExpertParams, Gating, esmm, ess, estmm, expert_ffn, linear, matmul,
-    tile_rows, topk_gating,
+    EsmmOptions, ExpertIndex, ExpertParams, Gating, esmm, ess, estmm, expert_ffn, gelu, linear,
+    matmul, matmul_to_f32, supports_precision, tile_rows, topk_gating,
 };
 pub use backend::{ExpertKernels, ExpertOps, TrainingBackend};
 pub use error::{OpsError, Result};

@@ -1,5 +1,6 @@
 //! Plain descriptions that operators share: row orders, activations, options.
 
+use burn::tensor::DType;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{OpsError, Result};
@@ -101,13 +102,39 @@ impl FfnOptions {
     }
 }
 
-/// Arithmetic of a dense matrix product on f32 tensors.
+/// Arithmetic of a dense matrix product. Sums are in f32 in all of them (f64 for f64 operands).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MatmulPrecision {
-    /// IEEE f32 products and sums.
+    /// Operands as they are; f32 ones in IEEE f32.
     #[default]
     Strict,
-    /// Operands may be rounded to TF32 where the device has matrix units for it.
+    /// Operands as they are; f32 ones may be rounded to TF32 where the device has matrix units for
+    /// it.
     Tf32,
+    /// Operands rounded to bf16.
+    Bf16,
+    /// Operands rounded to f16.
+    F16,
+}
+
+impl MatmulPrecision {
+    /// The type that an operand of type `given` enters the product with.
+    pub fn operand_dtype(self, given: DType) -> DType {
+        match self {
+            MatmulPrecision::Strict | MatmulPrecision::Tf32 => given,
+            MatmulPrecision::Bf16 => DType::BF16,
+            MatmulPrecision::F16 => DType::F16,
+        }
+    }
+
+    /// The arithmetic of products that stay in f32 beside those of this precision: a router's.
+    pub fn of_f32_products(self) -> Self {
+        match self {
+            MatmulPrecision::Tf32 => MatmulPrecision::Tf32,
+            MatmulPrecision::Strict | MatmulPrecision::Bf16 | MatmulPrecision::F16 => {
+                MatmulPrecision::Strict
+            }
+        }
+    }
 }

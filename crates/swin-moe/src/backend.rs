@@ -3,11 +3,14 @@
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use hexa_ops::TrainingBackend;
+use hexa_ops::{ExpertOps, TrainingBackend, supports_precision};
 use serde::{Deserialize, Serialize};
+
+use crate::config::Precision;
 
 /// The back-ends there are, compiled in or not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -89,6 +92,39 @@ pub enum BackendError {
         /// What the user can do.
         remedy: &'static str,
     },
+    /// Its device has no such arithmetic.
+    #[error(
+        "this device ({device}) does not compute in {precision}; it has {available}: set \
+         train.precision (or --precision) to one of these, or choose another --backend"
+    )]
+    Precision {
+        /// The device's name.
+        device: String,
+        /// The arithmetic that was asked for.
+        precision: &'static str,
+        /// Those that the device has.
+        available: String,
+    },
+}
+
+/// Refuses arithmetic that the device lacks.
+///
+/// # Errors
+/// [`BackendError::Precision`], which names those that it has.
+pub fn check_precision<B: ExpertOps>(
+    device: &B::Device,
+    precision: Precision,
+) -> Result<(), BackendError> {
+    let has = |precision: &Precision| supports_precision::<B>(device, precision.matmul());
+    if has(&precision) {
+        return Ok(());
+    }
+    let available = Precision::ALL.into_iter().filter(has).map(Precision::name);
+    Err(BackendError::Precision {
+        device: B::name(device),
+        precision: precision.name(),
+        available: available.collect::<Vec<_>>().join(", "),
+    })
 }
 
 /// Work that any back-end can do.
@@ -148,6 +184,9 @@ fn run_on<B: hexa_ops::ExpertKernels, J: Job>(
 /// Drivers that are missing make the layers below panic; this is the one place where that is
 /// ordinary, and turned into words.
 fn probe<B: Backend>() -> Result<B::Device, String> {
+    // The hook is the process': ranks on several threads must not restore each other's.
+    static PROBING: Mutex<()> = Mutex::new(());
+    let _alone = PROBING.lock().unwrap_or_else(PoisonError::into_inner);
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
     let outcome = catch_unwind(AssertUnwindSafe(|| {

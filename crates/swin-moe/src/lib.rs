@@ -4,6 +4,7 @@ pub mod backend;
 pub mod cli;
 pub mod config;
 pub mod data;
+pub mod fleet;
 pub mod info;
 pub mod memory;
 pub mod model;

@@ -77,7 +77,7 @@ fn gibibytes(bytes: u64) -> String {
 }
 
 /// The memory of this machine, or of the control group if that is less.
-fn machine_bytes() -> Option<u64> {
+pub(crate) fn machine_bytes() -> Option<u64> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
     let total = total_of_meminfo(&meminfo)?;
     let group = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok();

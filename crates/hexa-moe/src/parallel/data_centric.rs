@@ -80,7 +80,7 @@ pub fn start_gather<B: Backend>(
 }
 
 /// The whole layer's weights, on the device of this rank's slices.
-fn finish_gather<B: ExpertKernels>(
+pub fn finish_gather<B: ExpertKernels>(
     parallel: &ExpertParallel,
     own: &FfnWeights<FloatTensor<B>>,
     pending: Pending,
@@ -221,21 +221,7 @@ pub fn backward<B: ExpertKernels>(
         ..grads
     };
     if let Some(pending) = pending {
-        let rank = parallel.context.rank();
-        let payload = pending.wait()?;
-        if let Payload::Device(part) = &payload
-            && let Some(part) = part.get::<B>()
-        {
-            let part = transfer::flat::<B>(part);
-            let part = DeviceExperts::<B>::unpack(&parallel.shards, rank, part);
-            out.w1 = needs.w1.then(|| part.w1.into_primitive().tensor());
-            let b1 = part.b1.filter(|_| needs.b1);
-            out.b1 = b1.map(|b1| b1.into_primitive().tensor());
-            out.w2 = needs.w2.then(|| part.w2.into_primitive().tensor());
-        } else {
-            let part = parallel.shards.unpack(rank, payload.into_f32());
-            super::executor::write_slices::<B>(&mut out, part, &own, needs);
-        }
+        finish_reduction::<B>(parallel, pending, &mut out, &own, needs)?;
     }
     Ok(out)
 }
@@ -263,7 +249,7 @@ fn gather_again<B: ExpertKernels>(
 
 /// Starts the sum of all ranks' weight gradients, which scatters them to their owners; `None` for
 /// zeros.
-fn start_reduction<B: ExpertKernels>(
+pub fn start_reduction<B: ExpertKernels>(
     parallel: &ExpertParallel,
     grads: Option<&FfnGrads<FloatTensor<B>>>,
 ) -> Result<Pending> {
@@ -284,6 +270,33 @@ fn start_reduction<B: ExpertKernels>(
     Ok(comm.start(&parallel.name("expert weight gradients"), collective))
 }
 
+/// Puts this rank's part of the sum, as far as wanted, into `out`.
+pub fn finish_reduction<B: ExpertKernels>(
+    parallel: &ExpertParallel,
+    pending: Pending,
+    out: &mut FfnGrads<FloatTensor<B>>,
+    own: &FfnWeights<FloatTensor<B>>,
+    needs: FfnNeeds,
+) -> Result<()> {
+    let rank = parallel.context.rank();
+    let payload = pending.wait()?;
+    if let Payload::Device(part) = &payload
+        && let Some(part) = part.get::<B>()
+    {
+        let part = transfer::flat::<B>(part);
+        let part = DeviceExperts::<B>::unpack(&parallel.shards, rank, part);
+        out.w1 = needs.w1.then(|| part.w1.into_primitive().tensor());
+        let b1 = part.b1.filter(|_| needs.b1);
+        out.b1 = b1.map(|b1| b1.into_primitive().tensor());
+        out.w2 = needs.w2.then(|| part.w2.into_primitive().tensor());
+    } else {
+        let part = parallel.shards.unpack(rank, payload.into_f32());
+        super::executor::write_slices::<B>(out, part, own, needs);
+    }
+    Ok(())
+}
+
+/// Whole weight gradients as all ranks' parts.
 fn pack_grads<B: ExpertKernels>(
     parallel: &ExpertParallel,
     grads: &FfnGrads<FloatTensor<B>>,

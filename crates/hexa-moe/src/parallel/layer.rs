@@ -30,7 +30,10 @@ pub(crate) fn forward<B: ExpertOps>(
     let counts = exchange_counts(moe, parallel, tokens, routing.as_ref())?;
     let (aux_loss, router_entropy) = exchange_statistics(moe, parallel, &counts, &routing, &x)?;
 
-    let mut output = experts(moe, parallel, counts.tokens_per_rank, &routing, x.clone())?;
+    let computed = x
+        .clone()
+        .cast(moe.experts.precision.operand_dtype(x.dtype()));
+    let mut output = experts(moe, parallel, counts.tokens_per_rank, &routing, computed)?;
     let mut aux_loss = aux_loss;
     if tokens == 0 {
         // The backward pass of a rank without tokens must reach the layer, too, whose collectives
@@ -39,6 +42,7 @@ pub(crate) fn forward<B: ExpertOps>(
     } else if let Some(shared) = &moe.shared {
         output = output + shared.forward_shared(x.clone())?;
     }
+    let output = output.cast(x.dtype());
     let device = x.device();
     let tokens_per_expert: Vec<i32> = counts.tokens_per_expert;
     let num_experts = tokens_per_expert.len();

@@ -50,7 +50,8 @@ fn elements(tokens_per_rank: &[usize], width: usize) -> Vec<usize> {
         .collect()
 }
 
-fn start_gather<B: Backend>(
+/// Starts to gather rows that each rank has some of.
+pub fn start_gather<B: Backend>(
     parallel: &ExpertParallel,
     tensor: &'static str,
     part: FloatTensor<B>,
@@ -60,7 +61,8 @@ fn start_gather<B: Backend>(
     transfer::all_gather::<B>(comm, &parallel.name(tensor), part, tensor, counts)
 }
 
-fn start_reduction<B: Backend>(
+/// Starts to sum everybody's rows and to give each rank its own.
+pub fn start_reduction<B: Backend>(
     parallel: &ExpertParallel,
     tensor: &'static str,
     addend: Option<FloatTensor<B>>,

@@ -6,12 +6,18 @@ mod ffn;
 mod index;
 mod operators;
 
-pub use dense::{linear, matmul};
+pub use dense::{gelu, linear, matmul, matmul_to_f32};
 pub use ffn::{ExpertParams, expert_ffn};
 pub use index::{ExpertIndex, Gating, topk_gating};
 pub use operators::{EsmmOptions, esmm, ess, estmm};
 
 use crate::backend::ExpertOps;
+use crate::types::MatmulPrecision;
+
+/// Whether this back-end's device computes products in this arithmetic.
+pub fn supports_precision<B: ExpertOps>(device: &B::Device, precision: MatmulPrecision) -> bool {
+    B::supports_precision(device, precision)
+}
 
 /// Rows in one tile of the expert matmul (BLK) on this back-end; 1 where rows are not tiled.
 pub fn tile_rows<B: ExpertOps>(device: &B::Device) -> usize {

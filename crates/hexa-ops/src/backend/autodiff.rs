@@ -5,6 +5,7 @@
 //! compute-bound and never run twice. An operand is kept only if another operand's gradient
 //! needs it and is wanted.
 
+use burn::tensor::FloatDType;
 use burn::tensor::backend::Backend;
 use burn::tensor::ops::{FloatTensor, IntTensor};
 use burn_autodiff::checkpoint::base::Checkpointer;
@@ -15,7 +16,7 @@ use burn_autodiff::{Autodiff, NodeId};
 
 use super::{
     EsmmArgs, ExpertKernels, ExpertOps, FfnBackwardArgs, FfnExecutor, FfnInputs, FfnNeeds,
-    FfnWeights, RawExpertIndex, RawGating, executor,
+    FfnWeights, RawExpertIndex, RawGating, dense, executor, gelu,
 };
 use crate::types::{FfnOptions, MatmulPrecision, RowOrder};
 
@@ -303,39 +304,6 @@ impl<B: ExpertKernels> Backward<B, 6> for ExpertFfn {
     }
 }
 
-/// Dense matrix product; parents `[lhs, rhs]`.
-#[derive(Debug)]
-struct DenseMatmul;
-
-impl<B: ExpertKernels> Backward<B, 2> for DenseMatmul {
-    type State = (Option<NodeId>, Option<NodeId>, MatmulPrecision);
-
-    fn backward(
-        self,
-        ops: Ops<Self::State, 2>,
-        grads: &mut Gradients,
-        checkpointer: &mut Checkpointer,
-    ) {
-        let grad = grads.consume::<B>(&ops.node);
-        let [lhs_node, rhs_node] = ops.parents;
-        let (lhs, rhs, precision) = ops.state;
-        let transpose = |t: FloatTensor<B>| {
-            let rank = burn::tensor::TensorMetadata::rank(&t);
-            B::float_swap_dims(t, rank - 2, rank - 1)
-        };
-        if let (Some(node), Some(rhs)) = (lhs_node, rhs) {
-            let rhs = transpose(retrieve::<B>(checkpointer, rhs));
-            let grad = <B as ExpertKernels>::dense_matmul(grad.clone(), rhs, precision);
-            grads.register::<B>(node.id, grad);
-        }
-        if let (Some(node), Some(lhs)) = (rhs_node, lhs) {
-            let lhs = transpose(retrieve::<B>(checkpointer, lhs));
-            let grad = <B as ExpertKernels>::dense_matmul(lhs, grad, precision);
-            grads.register::<B>(node.id, grad);
-        }
-    }
-}
-
 impl<B: ExpertKernels, C: CheckpointStrategy> ExpertOps for Autodiff<B, C> {
     fn tile_rows(device: &Self::Device) -> usize {
         <B as ExpertKernels>::tile_rows(device)
@@ -535,26 +503,16 @@ impl<B: ExpertKernels, C: CheckpointStrategy> ExpertOps for Autodiff<B, C> {
         lhs: FloatTensor<Self>,
         rhs: FloatTensor<Self>,
         precision: MatmulPrecision,
+        out: FloatDType,
     ) -> FloatTensor<Self> {
-        let prep = DenseMatmul
-            .prepare::<C>([lhs.node.clone(), rhs.node.clone()])
-            .compute_bound()
-            .stateful();
-        let output = <B as ExpertKernels>::dense_matmul(
-            lhs.primitive.clone(),
-            rhs.primitive.clone(),
-            precision,
-        );
-        match prep {
-            OpsKind::Tracked(mut prep) => {
-                let state = (
-                    rhs.is_tracked().then(|| prep.checkpoint(&lhs)),
-                    lhs.is_tracked().then(|| prep.checkpoint(&rhs)),
-                    precision,
-                );
-                prep.finish(state, output)
-            }
-            OpsKind::UnTracked(prep) => prep.finish(output),
-        }
+        dense::differentiable::<B, C>(lhs, rhs, precision, out)
+    }
+
+    fn gelu(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        gelu::differentiable::<B, C>(x)
+    }
+
+    fn supports_precision(device: &Self::Device, precision: MatmulPrecision) -> bool {
+        <B as ExpertKernels>::supports_precision(device, precision)
     }
 }

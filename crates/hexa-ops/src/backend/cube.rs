@@ -1,5 +1,7 @@
 //! The kernels on every CubeCL runtime, without fusion.
 
+use burn::tensor::backend::Backend;
+use burn::tensor::{DType, FloatDType};
 use burn_backend::DeviceOps;
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{BoolElement, CubeBackend, CubeRuntime, FloatElement, IntElement};
@@ -11,7 +13,7 @@ use super::{
 #[cfg(feature = "cuda")]
 use super::{FfnBackwardArgs, FfnForward, FfnGrads, FfnWeights};
 use crate::ops::tile::plan::TILE_ROWS;
-use crate::ops::{activation, combine, dense, esmm, ess, estmm, gating, index};
+use crate::ops::{activation, combine, dense, esmm, ess, estmm, gating, gelu, index};
 #[cfg(feature = "cuda")]
 use crate::ops::{ffn, hopper};
 use crate::types::{FfnOptions, MatmulPrecision, RowOrder};
@@ -168,7 +170,25 @@ where
         lhs: CubeTensor<R>,
         rhs: CubeTensor<R>,
         precision: MatmulPrecision,
+        out: FloatDType,
     ) -> CubeTensor<R> {
-        dense::launch::dense_matmul(lhs, rhs, precision)
+        dense::launch::dense_matmul(lhs, rhs, precision, out.into())
+    }
+
+    fn gelu(x: CubeTensor<R>) -> CubeTensor<R> {
+        gelu::launch::gelu(x)
+    }
+
+    fn gelu_backward(x: CubeTensor<R>, grad: CubeTensor<R>) -> CubeTensor<R> {
+        gelu::launch::gelu_backward(x, grad)
+    }
+
+    fn supports_precision(device: &Self::Device, precision: MatmulPrecision) -> bool {
+        match precision {
+            MatmulPrecision::Strict => true,
+            MatmulPrecision::Tf32 => dense::launch::has_tf32(&R::client(device)),
+            MatmulPrecision::Bf16 => Self::supports_dtype(device, DType::BF16),
+            MatmulPrecision::F16 => Self::supports_dtype(device, DType::F16),
+        }
     }
 }

@@ -8,7 +8,7 @@ use core::fmt::{Debug, Formatter};
 use core::marker::PhantomData;
 
 use burn::tensor::ops::{FloatTensor, IntTensor};
-use burn::tensor::{DType, Element, Shape};
+use burn::tensor::{DType, Element, FloatDType, Shape};
 use burn_backend::backend::BackendTypes;
 
 use burn_fusion::stream::{Operation, OperationStreams};
@@ -539,14 +539,41 @@ impl<B: FusionBackend + ExpertKernels> ExpertKernels for Fusion<B> {
         lhs: FloatTensor<Self>,
         rhs: FloatTensor<Self>,
         precision: MatmulPrecision,
+        out: FloatDType,
     ) -> FloatTensor<Self> {
         let last = lhs.shape.num_dims() - 1;
         let mut shape = lhs.shape.clone();
         shape[last] = rhs.shape[last];
-        register_float::<B, _>("hexa_dense_matmul", vec![lhs, rhs], shape, move |inputs| {
-            let (lhs, rhs) = (inputs.float(), inputs.float());
-            <B as ExpertKernels>::dense_matmul(lhs, rhs, precision)
+        let outputs = vec![(shape, out.into())];
+        register::<B, _>(
+            "hexa_dense_matmul",
+            vec![lhs, rhs],
+            outputs,
+            move |inputs| {
+                let (lhs, rhs) = (inputs.float(), inputs.float());
+                let y = <B as ExpertKernels>::dense_matmul(lhs, rhs, precision, out);
+                vec![Computed::Float(y)]
+            },
+        )
+        .output()
+    }
+
+    fn gelu(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        let shape = x.shape.clone();
+        register_float::<B, _>("hexa_gelu", vec![x], shape, |inputs| {
+            <B as ExpertKernels>::gelu(inputs.float())
         })
+    }
+
+    fn gelu_backward(x: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        let shape = x.shape.clone();
+        register_float::<B, _>("hexa_gelu_backward", vec![x, grad], shape, |inputs| {
+            <B as ExpertKernels>::gelu_backward(inputs.float(), inputs.float())
+        })
+    }
+
+    fn supports_precision(device: &Self::Device, precision: MatmulPrecision) -> bool {
+        <B as ExpertKernels>::supports_precision(device, precision)
     }
 }
 

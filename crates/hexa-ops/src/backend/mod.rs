@@ -7,16 +7,19 @@
 mod autodiff;
 #[cfg(feature = "cube")]
 mod cube;
+mod dense;
 mod executor;
 #[cfg(feature = "cpu")]
 mod flex;
 #[cfg(feature = "fusion")]
 mod fusion;
+mod gelu;
 mod ops;
 
 pub use executor::{FfnExecutor, FfnInputs};
 pub use ops::{ExpertOps, TrainingBackend};
 
+use burn::tensor::FloatDType;
 use burn::tensor::backend::Backend;
 use burn::tensor::ops::{FloatTensor, IntTensor};
 
@@ -291,13 +294,29 @@ pub trait ExpertKernels: Backend {
         crate::ops::ffn::backward::<Self>(args)
     }
 
-    /// Matrix product of two tensors of equal rank and equal batch dimensions, in the stated
-    /// arithmetic.
+    /// Matrix product of two tensors of equal rank, equal batch dimensions and one dtype, as a
+    /// tensor of type `out`: the operands' dtype, or f32 for half-precision operands.
+    ///
+    /// `precision` says what may happen to f32 operands; those of other types are taken as they
+    /// are.
     fn dense_matmul(
         lhs: FloatTensor<Self>,
         rhs: FloatTensor<Self>,
         precision: MatmulPrecision,
+        out: FloatDType,
     ) -> FloatTensor<Self>;
+
+    /// `x · Φ(x)` of every element, Φ with the error function; computed in f32 (f64 for f64).
+    fn gelu(x: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// `grad · gelu'(x)`, in the type of `x`, which is that of `grad`.
+    fn gelu_backward(x: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// Whether the device computes products in this arithmetic.
+    ///
+    /// TF32 counts as supported where it is what the device does, not where f32 would stand in
+    /// for it.
+    fn supports_precision(device: &Self::Device, precision: MatmulPrecision) -> bool;
 }
 
 /// Inputs of [`ExpertKernels::expert_ffn_backward`].

@@ -1,10 +1,11 @@
 //! What a model asks of its back-end: the differentiable operators.
 
+use burn::tensor::FloatDType;
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::{FloatTensor, IntTensor};
 
 use super::{
-    EsmmArgs, ExpertKernels, FfnExecutor, FfnInputs, FfnWeights, RawExpertIndex, RawGating,
+    EsmmArgs, ExpertKernels, FfnExecutor, FfnInputs, FfnWeights, RawExpertIndex, RawGating, dense,
 };
 use crate::types::{FfnOptions, MatmulPrecision, RowOrder};
 
@@ -69,11 +70,21 @@ pub trait ExpertOps: Backend {
     ) -> Result<FloatTensor<Self>, X::Error>;
 
     /// See [`ExpertKernels::dense_matmul`]; differentiable in both.
+    ///
+    /// Operands may be of any float types: both are rounded to what `precision` says, and each
+    /// gradient comes back in its operand's type, from sums that were not rounded in between.
     fn dense_matmul(
         lhs: FloatTensor<Self>,
         rhs: FloatTensor<Self>,
         precision: MatmulPrecision,
+        out: FloatDType,
     ) -> FloatTensor<Self>;
+
+    /// See [`ExpertKernels::gelu`]; differentiable.
+    fn gelu(x: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// See [`ExpertKernels::supports_precision`].
+    fn supports_precision(device: &Self::Device, precision: MatmulPrecision) -> bool;
 }
 
 impl<B: ExpertKernels> ExpertOps for B {
@@ -140,8 +151,18 @@ impl<B: ExpertKernels> ExpertOps for B {
         lhs: FloatTensor<Self>,
         rhs: FloatTensor<Self>,
         precision: MatmulPrecision,
+        out: FloatDType,
     ) -> FloatTensor<Self> {
-        <B as ExpertKernels>::dense_matmul(lhs, rhs, precision)
+        let (lhs, rhs) = dense::operands::<B>(lhs, rhs, precision);
+        <B as ExpertKernels>::dense_matmul(lhs, rhs, precision, out)
+    }
+
+    fn gelu(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        <B as ExpertKernels>::gelu(x)
+    }
+
+    fn supports_precision(device: &Self::Device, precision: MatmulPrecision) -> bool {
+        <B as ExpertKernels>::supports_precision(device, precision)
     }
 }
 

@@ -20,6 +20,8 @@ pub mod estmm;
 pub mod ffn;
 #[cfg(feature = "cube")]
 pub mod gating;
+#[cfg(feature = "cube")]
+pub mod gelu;
 #[cfg(feature = "cuda")]
 pub(crate) mod hopper;
 #[cfg(feature = "cube")]

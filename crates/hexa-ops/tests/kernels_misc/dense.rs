@@ -1,7 +1,8 @@
 //! The dense product.
 
-use burn::tensor::Tensor;
+use burn::tensor::{FloatDType, Tensor, TensorPrimitive};
 use hexa_ops::host::download;
+use hexa_ops::testing::backend::skip;
 use hexa_ops::testing::oracle::Matmul;
 use hexa_ops::{ExpertKernels, MatmulPrecision, backend_test};
 
@@ -31,13 +32,18 @@ fn check<K: ExpertKernels>(
         download(tensor.clone()).unwrap().iter::<f64>().collect()
     };
     let expected = product(&host(&lhs), &host(&rhs), [batches, m, k, n]);
-    let (shape, got) = floats::<K, 3>(K::dense_matmul(raw(lhs), raw(rhs), precision));
+    let (shape, got) = floats::<K, 3>(K::dense_matmul(
+        raw(lhs),
+        raw(rhs),
+        precision,
+        FloatDType::F32,
+    ));
     assert_eq!(shape, [batches, m, n], "{what}");
     // Entries are at most one. Each of the k roundings of strict f32 errs by half a unit of a
     // partial sum; TF32 keeps eleven bits of each factor.
     let atol = match precision {
         MatmulPrecision::Strict => 6e-8 * k.max(16) as f64,
-        MatmulPrecision::Tf32 => 1e-3 * (k as f64).sqrt().max(4.0),
+        _ => 1e-3 * (k as f64).sqrt().max(4.0),
     };
     assert_close(what, &got, &expected, [atol, 0.0]);
 }
@@ -84,6 +90,43 @@ fn shapes<K: ExpertKernels>() {
     }
 }
 backend_test!(kernels products_of_all_shapes, shapes);
+
+/// Half-precision operands: sums in f32, handed out as they are or rounded once.
+fn half_precision<K: ExpertKernels>() {
+    let device = Default::default();
+    let mut numbers = Numbers(14);
+    for (dtype, precision, unit) in [
+        (FloatDType::BF16, MatmulPrecision::Bf16, 1.0 / 256.0),
+        (FloatDType::F16, MatmulPrecision::F16, 1.0 / 2048.0),
+    ] {
+        if !<K as ExpertKernels>::supports_precision(&device, precision) {
+            skip("half_precision_products", &format!("no {dtype:?} here"));
+            continue;
+        }
+        for shape @ [batches, m, k, n] in SHAPES {
+            let rounded = |numbers: &mut Numbers, dims: [usize; 3]| {
+                float::<K, 3>(&numbers.values(dims.iter().product()), dims).cast(dtype)
+            };
+            let lhs = rounded(&mut numbers, [batches, m, k]);
+            let rhs = rounded(&mut numbers, [batches, k, n]);
+            let host = |tensor: &Tensor<K, 3>| -> Vec<f64> {
+                let wide = tensor.clone().cast(FloatDType::F32);
+                download(wide).unwrap().iter::<f64>().collect()
+            };
+            let expected = product(&host(&lhs), &host(&rhs), shape);
+            for (out, unit) in [(FloatDType::F32, 0.0), (dtype, unit)] {
+                let what = format!("{shape:?} {dtype:?} to {out:?}");
+                let y = K::dense_matmul(raw(lhs.clone()), raw(rhs.clone()), precision, out);
+                let y = Tensor::<K, 3>::from_primitive(TensorPrimitive::Float(y));
+                assert_eq!(FloatDType::from(y.dtype()), out, "{what}");
+                assert_eq!(y.dims(), [batches, m, n], "{what}");
+                let atol = 6e-8 * k.max(16) as f64;
+                assert_close(&what, &host(&y), &expected, [atol, unit]);
+            }
+        }
+    }
+}
+backend_test!(kernels half_precision_products, half_precision);
 
 /// Views of the operands that are not contiguous, by name; the matrices stay the same.
 fn views<K: ExpertKernels>(dense: Tensor<K, 3>) -> [(&'static str, Tensor<K, 3>); 4] {
@@ -150,7 +193,7 @@ fn empty<K: ExpertKernels>() {
     for [batches, m, k, n] in [[0, 2, 3, 4], [2, 0, 3, 4], [2, 3, 4, 0], [2, 3, 0, 4]] {
         let lhs = float::<K, 3>(&vec![1.0; batches * m * k], [batches, m, k]);
         let rhs = float::<K, 3>(&vec![1.0; batches * k * n], [batches, k, n]);
-        let out = K::dense_matmul(raw(lhs), raw(rhs), MatmulPrecision::Strict);
+        let out = K::dense_matmul(raw(lhs), raw(rhs), MatmulPrecision::Strict, FloatDType::F32);
         let (shape, got) = floats::<K, 3>(out);
         assert_eq!(shape, [batches, m, n]);
         assert!(
@@ -167,7 +210,7 @@ fn ranks<K: ExpertKernels>() {
     let expected = product(&a, &b, [6, 5, 4, 7]);
     let lhs = raw(float::<K, 4>(&a, [2, 3, 5, 4]));
     let rhs = raw(float::<K, 4>(&b, [2, 3, 4, 7]));
-    let out = K::dense_matmul(lhs, rhs, MatmulPrecision::Strict);
+    let out = K::dense_matmul(lhs, rhs, MatmulPrecision::Strict, FloatDType::F32);
     let (shape, got) = floats::<K, 4>(out);
     assert_eq!(shape, [2, 3, 5, 7]);
     assert_close("rank 4", &got, &expected, [1e-6, 1e-6]);
@@ -175,7 +218,7 @@ fn ranks<K: ExpertKernels>() {
     let expected = product(&a[..20], &b[..28], [1, 5, 4, 7]);
     let lhs = raw(float::<K, 2>(&a[..20], [5, 4]));
     let rhs = raw(float::<K, 2>(&b[..28], [4, 7]));
-    let out = K::dense_matmul(lhs, rhs, MatmulPrecision::Strict);
+    let out = K::dense_matmul(lhs, rhs, MatmulPrecision::Strict, FloatDType::F32);
     assert_close("rank 2", &floats::<K, 2>(out).1, &expected, [1e-6, 1e-6]);
 }
 backend_test!(kernels ranks_two_and_four, ranks);

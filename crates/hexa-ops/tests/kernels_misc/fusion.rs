@@ -1,5 +1,6 @@
 //! Under burn-fusion the same kernels run on the same tensors: every bit is equal.
 
+use burn::tensor::FloatDType;
 use burn::tensor::ops::{FloatTensor, IntTensor};
 use hexa_ops::backend::{FfnBackwardArgs, FfnNeeds, FfnWeights, RawExpertIndex};
 use hexa_ops::{Activation, ExpertKernels, FfnOptions, MatmulPrecision, backend_test};
@@ -38,7 +39,7 @@ fn everything<K: ExpertKernels>(options: FfnOptions, biased: bool) -> Vec<Vec<f6
 
     let lhs = float::<K, 2>(&numbers.values(TOKENS * D_MODEL), [TOKENS, D_MODEL]);
     let rhs = float::<K, 2>(&numbers.values(D_MODEL * D_FF), [D_MODEL, D_FF]);
-    let out = K::dense_matmul(raw(lhs), raw(rhs), MatmulPrecision::Strict);
+    let out = K::dense_matmul(raw(lhs), raw(rhs), MatmulPrecision::Strict, FloatDType::F32);
     results.push(floats::<K, 2>(out).1);
     results
 }

@@ -1,9 +1,12 @@
 //! Dense products in stated arithmetic.
 
 use burn::tensor::{DType, Tensor};
+use hexa_ops::testing::backend::skip;
 use hexa_ops::testing::compare::{Tolerance, Values, check_close, check_tensor, host};
 use hexa_ops::testing::oracle::Matmul;
-use hexa_ops::{MatmulPrecision, TrainingBackend, backend_test, linear, matmul};
+use hexa_ops::{
+    MatmulPrecision, TrainingBackend, backend_test, linear, matmul, supports_precision,
+};
 use proptest::prelude::*;
 
 use crate::cases::{
@@ -214,6 +217,113 @@ fn empty_dimensions<B: TrainingBackend>() {
     }
 }
 
+/// f32 operands rounded on their way into a linear layer: against the oracle on rounded operands,
+/// with gradients in the operands' own types.
+fn rounded_operands<B: TrainingBackend>() {
+    let device = Default::default();
+    for (precision, dtype, unit) in [
+        (MatmulPrecision::Bf16, DType::BF16, 1.0 / 256.0),
+        (MatmulPrecision::F16, DType::F16, 1.0 / 2048.0),
+    ] {
+        if !supports_precision::<B>(&device, precision) {
+            skip("linear_of_rounded_operands", &format!("no {dtype:?} here"));
+            continue;
+        }
+        // The second shape's weight gradient is a sum in parts.
+        for (m, k, n) in [(37, 24, 19), (1024, 8, 17)] {
+            let mut numbers = Numbers::new(5);
+            let (x, w) = (numbers.values(m * k), numbers.values(k * n));
+            let (bias, grad) = (numbers.values(n), numbers.values(m * n));
+            let x_leaf = tensor::<B, 2>(&x, [m, k]).require_grad();
+            let w_leaf = tensor::<B, 2>(&w, [k, n]).require_grad();
+            let bias_leaf = tensor::<B, 1>(&bias, [n]).require_grad();
+            let to_half = |values: &[f64]| -> Vec<f64> {
+                host(
+                    tensor::<B, 1>(values, [values.len()])
+                        .cast(dtype)
+                        .cast(DType::F32),
+                )
+            };
+            let (x, w, bias, half_grad) =
+                (to_half(&x), to_half(&w), to_half(&bias), to_half(&grad));
+            let oracle = Matmul {
+                lhs: &x,
+                rhs: &w,
+                batches: 1,
+                m,
+                k,
+                n,
+            };
+            let expected: Vec<f64> = oracle
+                .forward()
+                .iter()
+                .enumerate()
+                .map(|(i, y)| y + bias[i % n])
+                .collect();
+            let close = |name: &str, got: Tensor<B, 2>, expected: &[f64], rtol: f64| {
+                let shape: &[usize] = &got.dims();
+                let tolerance = Tolerance { atol: rtol, rtol };
+                let values = |data| Values { shape, data };
+                check_close(name, values(&host(got)), values(expected), tolerance).unwrap();
+            };
+
+            let y = linear(
+                x_leaf.clone(),
+                w_leaf.clone(),
+                Some(bias_leaf.clone()),
+                precision,
+            )
+            .unwrap();
+            assert_eq!(y.dtype(), dtype);
+            let y = y.cast(DType::F32);
+            // The product is rounded, and the sum with the bias again.
+            close("y", y.clone(), &expected, 2.0 * unit);
+            let grads = (y * tensor(&grad, [m, n])).sum().backward();
+
+            // The gradient arrives rounded; its products are f32 sums that nothing rounds.
+            let products = oracle.backward(&half_grad);
+            let (dx, dw) = (x_leaf.grad(&grads).unwrap(), w_leaf.grad(&grads).unwrap());
+            assert_eq!((dx.dtype(), dw.dtype()), (DType::F32, DType::F32));
+            let inner = |t| Tensor::<B, 2>::from_inner(t);
+            close("dx", inner(dx), &products.lhs, 1e-5);
+            close("dw", inner(dw), &products.rhs, 1e-4);
+            let mut bias_grad = vec![0.0; n];
+            for (i, g) in half_grad.iter().enumerate() {
+                bias_grad[i % n] += g;
+            }
+            let db = bias_leaf.grad(&grads).unwrap();
+            assert_eq!(db.dtype(), DType::F32);
+            close("db", inner(db.reshape([1, n])), &bias_grad, 2.0 * unit);
+        }
+    }
+}
+
+/// The f32 sums of rounded operands, and gradients through them.
+fn sums_are_handed_out<B: TrainingBackend>() {
+    let device = Default::default();
+    let precision = MatmulPrecision::Bf16;
+    if !supports_precision::<B>(&device, precision) {
+        skip("matmul_of_bf16_to_f32", "no BF16 here");
+        return;
+    }
+    // 1 + 2⁻⁷ is a bf16 number; its square has twice the bits, which only f32 holds.
+    let x = 1.0 + 1.0 / 128.0;
+    let lhs = tensor::<B, 2>(&[x; 6], [3, 2]).require_grad();
+    let rhs = tensor::<B, 2>(&[x; 4], [2, 2]).require_grad();
+    let y = hexa_ops::matmul_to_f32(
+        lhs.clone().cast(DType::BF16),
+        rhs.clone().cast(DType::BF16),
+        precision,
+    )
+    .unwrap();
+    assert_eq!(y.dtype(), DType::F32);
+    assert_eq!(host(y.clone()), vec![2.0 * x * x; 6]);
+    let grads = y.sum().backward();
+    let got = host(Tensor::<B, 2>::from_inner(rhs.grad(&grads).unwrap()));
+    // 3 + 3/128 takes nine bits.
+    assert_eq!(got, vec![3.0 + 4.0 / 128.0; 4]);
+}
+
 fn two_runs_have_the_same_bits<B: TrainingBackend>() {
     let mut numbers = Numbers::new(9);
     let lhs = tensor::<B, 2>(&numbers.values(129 * 288), [129, 288]);
@@ -228,5 +338,7 @@ backend_test!(matmul_equals_the_oracle, equals_the_oracle);
 backend_test!(linear_matches, linear_equals_the_oracle);
 backend_test!(strict_matmul_is_not_tf32, strict_is_not_tf32);
 backend_test!(tf32_matmul_is_near, tf32_is_near);
+backend_test!(linear_of_rounded_operands, rounded_operands);
+backend_test!(matmul_of_bf16_to_f32, sums_are_handed_out);
 backend_test!(matmul_of_empty_dimensions, empty_dimensions);
 backend_test!(matmul_is_deterministic, two_runs_have_the_same_bits);

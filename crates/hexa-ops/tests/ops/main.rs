@@ -12,4 +12,5 @@ mod ffn_case;
 mod ffn_graph;
 mod formulas;
 mod gating;
+mod gelu;
 mod index;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::backend::BackendKind;
+use crate::config::Precision;
 
 /// Swin Transformer with Mixture-of-Experts layers: training and what goes with it.
 #[derive(Parser)]
@@ -29,6 +30,10 @@ pub(super) enum Command {
     Export(Export),
     /// Parameters, arithmetic and memory of a model, layer by layer.
     Info(Info),
+    /// Measure ranks and the links between them on a model, and write a fleet file.
+    Calibrate(Calibrate),
+    /// Modes, shares, time and memory of a model on a measured fleet, before anything is trained.
+    Plan(Plan),
     /// Compare with reference numbers of the published model.
     Parity(Parity),
 }
@@ -80,6 +85,12 @@ pub(super) struct Eval {
     /// Image folder; the run's own without it.
     #[arg(long, value_name = "DIR")]
     pub(super) data: Option<PathBuf>,
+    /// Arithmetic: f32, tf32 or bf16; the run's own without it.
+    #[arg(long)]
+    pub(super) precision: Option<Precision>,
+    /// Show every class, rather than the least accurate ones.
+    #[arg(long)]
+    pub(super) per_class: bool,
     /// Where to compute: cpu, wgpu or cuda, of those compiled in.
     #[arg(long, default_value_t = BackendKind::Cpu)]
     pub(super) backend: BackendKind,
@@ -92,6 +103,9 @@ pub(super) struct Predict {
     /// Image files.
     #[arg(required = true, value_name = "IMAGE")]
     pub(super) images: Vec<PathBuf>,
+    /// Arithmetic: f32, tf32 or bf16; the run's own without it.
+    #[arg(long)]
+    pub(super) precision: Option<Precision>,
     /// Where to compute: cpu, wgpu or cuda, of those compiled in.
     #[arg(long, default_value_t = BackendKind::Cpu)]
     pub(super) backend: BackendKind,
@@ -158,4 +172,43 @@ pub(super) struct Parity {
     /// Largest relative error that passes; 1e-4 on the CPU and 1e-3 elsewhere without it.
     #[arg(long)]
     pub(super) tolerance: Option<f64>,
+}
+
+#[derive(Args)]
+pub(super) struct Calibrate {
+    /// Settings as TOML; without it, those of the embedded digits.
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// One setting, over the file's: section.key=value. May be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(super) set: Vec<String>,
+    /// Ranks, as threads of this process; as many as --backend names without it.
+    #[arg(long, value_name = "N")]
+    pub(super) ranks: Option<usize>,
+    /// Where ranks compute: one back-end for all, or one for each, as cpu,wgpu.
+    #[arg(long, value_delimiter = ',', default_value = "cpu")]
+    pub(super) backend: Vec<BackendKind>,
+    /// Memory that each rank may use, in GiB; unknown without it, but for ranks on the CPU, which
+    /// share the machine's.
+    #[arg(long, value_name = "GIB")]
+    pub(super) memory_gib: Option<f64>,
+    /// Seconds for each measurement.
+    #[arg(long, default_value_t = 0.2)]
+    pub(super) seconds: f64,
+    /// Fleet file to write.
+    #[arg(long, value_name = "FILE", default_value = "fleet.toml")]
+    pub(super) output: PathBuf,
+}
+
+#[derive(Args)]
+pub(super) struct Plan {
+    /// Settings as TOML; without it, those of the embedded digits.
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// One setting, over the file's: section.key=value. May be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(super) set: Vec<String>,
+    /// Fleet file that `calibrate` wrote with these settings.
+    #[arg(long, value_name = "FILE")]
+    pub(super) fleet: PathBuf,
 }

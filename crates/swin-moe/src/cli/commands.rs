@@ -8,11 +8,11 @@ use hexa_ops::TrainingBackend;
 use super::Done;
 use super::arguments;
 use crate::backend::{BackendKind, Job, dispatch};
-use crate::config::{Config, DataSource};
+use crate::config::{Config, DataSource, Precision};
 use crate::info::ModelInfo;
 use crate::parity::{ParityError, ParityReport, run_parity};
 use crate::settings::model_config;
-use crate::train::metrics::LayerLoad;
+use crate::train::metrics::{LayerLoad, WORST_CLASSES};
 use crate::train::run_dir::{RunDir, default_output};
 use crate::train::{
     Control, DeviceFaults, End, ImportRequest, Outcome, ResumeRequest, StopFlag, TestImages,
@@ -124,9 +124,17 @@ fn load_table(layers: &[LayerLoad]) -> String {
     text
 }
 
-fn load(model: arguments::Model, faults: DeviceFaults) -> Result<Trained> {
+fn load(
+    model: arguments::Model,
+    precision: Option<Precision>,
+    faults: DeviceFaults,
+) -> Result<Trained> {
     match load_if_given(model.run, model.checkpoint)? {
-        Some(trained) => Ok(trained.with_faults(faults)),
+        Some(trained) => Ok(match precision {
+            Some(precision) => trained.with_precision(precision),
+            None => trained,
+        }
+        .with_faults(faults)),
         None => anyhow::bail!("no model given; name one with --run or --checkpoint"),
     }
 }
@@ -141,7 +149,8 @@ fn load_if_given(run: Option<PathBuf>, checkpoint: Option<PathBuf>) -> Result<Op
 }
 
 pub(super) fn eval(arguments: arguments::Eval, faults: DeviceFaults) -> Result<Done> {
-    let trained = load(arguments.model, faults)?;
+    let trained = load(arguments.model, arguments.precision, faults)?;
+    let class_names = trained.state().class_names.clone();
     let result = trained.evaluate(arguments.backend, arguments.data)?;
     let tally = &result.tally;
     println!("experts' share of the test tokens, by layer:");
@@ -153,11 +162,27 @@ pub(super) fn eval(arguments: arguments::Eval, faults: DeviceFaults) -> Result<D
         tally.top5_percent(),
         tally.mean_loss()
     );
+    let scores = result.confusion.scores(&class_names);
+    let shown = if arguments.per_class {
+        scores.len()
+    } else {
+        WORST_CLASSES.min(scores.len())
+    };
+    println!("least accurate classes, {shown} of {}:", scores.len());
+    for score in &scores[..shown] {
+        println!(
+            "  {:6.2} % of {:5}  {}; mistaken for: {}",
+            score.top1,
+            score.images,
+            score.class,
+            score.mistakes()
+        );
+    }
     Ok(Done::Success)
 }
 
 pub(super) fn predict(arguments: arguments::Predict, faults: DeviceFaults) -> Result<Done> {
-    let trained = load(arguments.model, faults)?;
+    let trained = load(arguments.model, arguments.precision, faults)?;
     for prediction in trained.predict(arguments.backend, &arguments.images)? {
         println!("{}", prediction.file.display());
         for (class, probability) in &prediction.classes {
@@ -188,7 +213,7 @@ pub(super) fn import(arguments: arguments::Import, faults: DeviceFaults) -> Resu
 }
 
 pub(super) fn export(arguments: arguments::Export, faults: DeviceFaults) -> Result<Done> {
-    load(arguments.model, faults)?.export(arguments.backend, &arguments.output)?;
+    load(arguments.model, None, faults)?.export(arguments.backend, &arguments.output)?;
     println!("wrote {}", arguments.output.display());
     Ok(Done::Success)
 }
@@ -213,7 +238,7 @@ pub(super) fn info(arguments: arguments::Info) -> Result<Done> {
     Ok(Done::Success)
 }
 
-fn count_classes(config: &Config) -> Result<usize> {
+pub(super) fn count_classes(config: &Config) -> Result<usize> {
     let images = TestImages::open(config)
         .context("cannot count the classes; give them with --set model.num_classes=N")?;
     Ok(images.class_names().len())

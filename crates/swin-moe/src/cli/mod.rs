@@ -2,6 +2,7 @@
 
 mod arguments;
 mod commands;
+mod fleet;
 mod logger;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -69,6 +70,8 @@ fn run(command: Command, faults: DeviceFaults) -> anyhow::Result<Done> {
         Command::Import(arguments) => commands::import(arguments, faults),
         Command::Export(arguments) => commands::export(arguments, faults),
         Command::Info(arguments) => commands::info(arguments),
+        Command::Calibrate(arguments) => fleet::calibrate(arguments, faults),
+        Command::Plan(arguments) => fleet::plan(arguments),
         Command::Parity(arguments) => commands::parity(arguments, faults),
     }
 }

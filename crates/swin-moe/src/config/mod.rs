@@ -4,6 +4,7 @@
 //! applied to the document before that, and [`RawConfig::validate`] turns the result into a
 //! [`Config`]. The rest of the program sees validated settings only.
 
+mod augment;
 mod document;
 mod error;
 mod fields;
@@ -16,12 +17,12 @@ use std::path::Path;
 
 pub use error::ConfigError;
 pub use raw::{
-    RawAugment, RawCheckpoint, RawConfig, RawData, RawModel, RawMoe, RawParallel, RawPrecision,
-    RawTrain,
+    RawAugment, RawCheckpoint, RawConfig, RawData, RawModel, RawMoe, RawParallel, RawTrain,
 };
 pub use types::{
-    AugmentConfig, AuxLoss, CheckpointConfig, Config, DataConfig, DataSource, ModelConfig,
-    MoeSettings, ParallelConfig, Precision, RouterKind, TrainConfig,
+    AugmentConfig, AuxLoss, CheckpointConfig, Config, DataConfig, DataSource, MixConfig,
+    ModelConfig, MoeSettings, ParallelConfig, Precision, RandAugmentConfig, RouterKind,
+    TrainConfig,
 };
 
 use document::Document;

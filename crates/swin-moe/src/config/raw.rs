@@ -3,7 +3,7 @@
 use hexa_ops::Activation;
 use serde::{Deserialize, Serialize};
 
-use super::types::{AuxLoss, RouterKind};
+use super::types::{AuxLoss, Precision, RouterKind};
 
 /// A configuration as it stands in a file; nothing is checked but names and types.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -137,19 +137,6 @@ impl Default for RawMoe {
     }
 }
 
-/// Arithmetic that can be asked for; not all of it exists.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum RawPrecision {
-    /// IEEE f32.
-    #[default]
-    F32,
-    /// f32 storage, products rounded to TF32 where the device has matrix units for it.
-    Tf32,
-    /// Refused by validation: mixed precision is not there yet.
-    Bf16,
-}
-
 /// `[train]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -158,6 +145,12 @@ pub struct RawTrain {
     pub epochs: usize,
     /// Images per step.
     pub batch_size: usize,
+    /// Parts that a step's images are computed in, one after the other, their gradients added: less
+    /// memory. Balance losses are then those of the parts, averaged.
+    pub accumulation_steps: usize,
+    /// Decay of the moving average of the weights, such as 0.999; evaluation, export and prediction
+    /// then use the average. 0 for none.
+    pub ema_decay: f64,
     /// Learning rate after the warm-up.
     pub lr: f64,
     /// Learning rate of the first step.
@@ -180,8 +173,8 @@ pub struct RawTrain {
     pub label_smoothing: f64,
     /// Seed of the initial weights, the order of images and all other randomness.
     pub seed: u64,
-    /// `"f32"` or `"tf32"`.
-    pub precision: RawPrecision,
+    /// `"f32"`, `"tf32"` or `"bf16"`; refused where the device has no such arithmetic.
+    pub precision: Precision,
     /// Steps between two log lines.
     pub log_every: usize,
     /// Epochs between two evaluations; the last epoch is always evaluated.
@@ -195,6 +188,8 @@ impl Default for RawTrain {
         Self {
             epochs: 20,
             batch_size: 64,
+            accumulation_steps: 1,
+            ema_decay: 0.0,
             lr: 1e-3,
             warmup_lr: 0.0,
             min_lr: 1e-5,
@@ -206,7 +201,7 @@ impl Default for RawTrain {
             eps: 1e-8,
             label_smoothing: 0.0,
             seed: 0,
-            precision: RawPrecision::F32,
+            precision: Precision::F32,
             log_every: 10,
             eval_every_epochs: 1,
             eval_batch_size: 256,
@@ -228,6 +223,23 @@ pub struct RawAugment {
     pub crop_scale: [f64; 2],
     /// Least and greatest width over height of a random part.
     pub crop_ratio: [f64; 2],
+    /// RandAugment in timm's words, such as `"rand-m9-mstd0.5-inc1"`: `m` magnitude (10 without it),
+    /// `n` operations an image (2), `p` probability of each (0.5), `mstd` spread of the magnitude
+    /// (0). The operations are those that grow stronger with the magnitude (`inc1`). Empty for none.
+    pub rand_augment: String,
+    /// Strength of the jitter of brightness, contrast and saturation; 0 for none. As in timm, it is
+    /// left out where `rand_augment` is on.
+    pub color_jitter: f64,
+    /// Probability that a rectangle of a training image is overwritten with noise.
+    pub random_erasing: f64,
+    /// α of mixup's share, Beta(α, α); 0 for none.
+    pub mixup: f64,
+    /// α of CutMix's share, Beta(α, α); 0 for none.
+    pub cutmix: f64,
+    /// Probability that a batch is mixed.
+    pub mix_probability: f64,
+    /// Probability of CutMix rather than mixup, where both are on.
+    pub mix_switch_probability: f64,
     /// Mean of each channel, of pixels in 0..=1; one number for all channels, or one for each.
     pub mean: Vec<f64>,
     /// Standard deviation of each channel, likewise.
@@ -242,6 +254,13 @@ impl Default for RawAugment {
             random_resized_crop: false,
             crop_scale: [0.08, 1.0],
             crop_ratio: [3.0 / 4.0, 4.0 / 3.0],
+            rand_augment: String::new(),
+            color_jitter: 0.0,
+            random_erasing: 0.0,
+            mixup: 0.0,
+            cutmix: 0.0,
+            mix_probability: 1.0,
+            mix_switch_probability: 0.5,
             mean: vec![0.5],
             std: vec![0.5],
         }

@@ -3,12 +3,11 @@
 use std::path::Path;
 
 use super::raw::{
-    RawAugment, RawCheckpoint, RawConfig, RawData, RawModel, RawMoe, RawParallel, RawPrecision,
-    RawTrain,
+    RawAugment, RawCheckpoint, RawConfig, RawData, RawModel, RawMoe, RawParallel, RawTrain,
 };
 use super::types::{
     AugmentConfig, CheckpointConfig, Config, DataConfig, DataSource, ModelConfig, MoeSettings,
-    Precision, TrainConfig,
+    TrainConfig,
 };
 
 impl Config {
@@ -83,6 +82,8 @@ impl TrainConfig {
         RawTrain {
             epochs: self.epochs,
             batch_size: self.batch_size,
+            accumulation_steps: self.accumulation_steps,
+            ema_decay: self.ema_decay,
             lr: self.lr,
             warmup_lr: self.warmup_lr,
             min_lr: self.min_lr,
@@ -94,10 +95,7 @@ impl TrainConfig {
             eps: self.eps,
             label_smoothing: self.label_smoothing,
             seed: self.seed,
-            precision: match self.precision {
-                Precision::F32 => RawPrecision::F32,
-                Precision::Tf32 => RawPrecision::Tf32,
-            },
+            precision: self.precision,
             log_every: self.log_every,
             eval_every_epochs: self.eval_every_epochs,
             eval_batch_size: self.eval_batch_size,
@@ -113,6 +111,16 @@ impl AugmentConfig {
             random_resized_crop: self.random_resized_crop,
             crop_scale: self.crop_scale,
             crop_ratio: self.crop_ratio,
+            rand_augment: self
+                .rand_augment
+                .map(|config| config.to_string())
+                .unwrap_or_default(),
+            color_jitter: self.color_jitter,
+            random_erasing: self.random_erasing,
+            mixup: self.mix.mixup,
+            cutmix: self.mix.cutmix,
+            mix_probability: self.mix.probability,
+            mix_switch_probability: self.mix.switch_probability,
             mean: self.mean.clone(),
             std: self.std.clone(),
         }

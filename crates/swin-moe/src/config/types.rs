@@ -1,6 +1,7 @@
 //! Validated settings.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use hexa_ops::{Activation, MatmulPrecision};
 use serde::{Deserialize, Serialize};
@@ -117,22 +118,50 @@ pub enum AuxLoss {
 }
 
 /// Arithmetic of the training step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Precision {
     /// IEEE f32 throughout.
     #[default]
     F32,
     /// f32 storage and sums; dense products may round their operands to TF32.
     Tf32,
+    /// Products of operands rounded to bf16, activations in bf16 between them; weights, norms,
+    /// softmax, router, losses, sums and the optimizer in f32.
+    Bf16,
 }
 
 impl Precision {
+    /// All of them.
+    pub const ALL: [Precision; 3] = [Precision::F32, Precision::Tf32, Precision::Bf16];
+
     /// Arithmetic of dense matrix products.
     pub fn matmul(self) -> MatmulPrecision {
         match self {
             Precision::F32 => MatmulPrecision::Strict,
             Precision::Tf32 => MatmulPrecision::Tf32,
+            Precision::Bf16 => MatmulPrecision::Bf16,
         }
+    }
+
+    /// Its name in a configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::Tf32 => "tf32",
+            Precision::Bf16 => "bf16",
+        }
+    }
+}
+
+impl FromStr for Precision {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Precision::ALL
+            .into_iter()
+            .find(|precision| precision.name() == text)
+            .ok_or_else(|| format!("{text:?} is unknown, allowed are f32, tf32 and bf16"))
     }
 }
 
@@ -144,6 +173,10 @@ pub struct TrainConfig {
     pub epochs: usize,
     /// Images per step.
     pub batch_size: usize,
+    /// Parts that a step's images are computed in, one after the other.
+    pub accumulation_steps: usize,
+    /// Decay of the moving average of the weights, which is then evaluated; 0 for none.
+    pub ema_decay: f64,
     /// Learning rate after the warm-up, as written; see [`TrainConfig::lr_scale`].
     pub lr: f64,
     /// Learning rate of the first step, as written.
@@ -198,10 +231,44 @@ pub struct AugmentConfig {
     pub crop_scale: [f64; 2],
     /// Least and greatest width over height of a random part.
     pub crop_ratio: [f64; 2],
+    /// Operations drawn for each training image; `None` for none.
+    pub rand_augment: Option<RandAugmentConfig>,
+    /// Strength of the colour jitter, which is left out where `rand_augment` is on; 0 for none.
+    pub color_jitter: f64,
+    /// Probability that a rectangle of a training image is overwritten with noise.
+    pub random_erasing: f64,
+    /// How the images of a batch are mixed with each other.
+    pub mix: MixConfig,
     /// Mean of each channel, of pixels in 0..=1; `in_chans` numbers.
     pub mean: Vec<f64>,
     /// Standard deviation of each channel; `in_chans` numbers.
     pub std: Vec<f64>,
+}
+
+/// RandAugment, in timm's words `rand-mM-nN-pP-mstdS-inc1`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RandAugmentConfig {
+    /// Mean strength of the operations, 0..=10.
+    pub magnitude: f64,
+    /// Standard deviation of the strength.
+    pub std: f64,
+    /// Operations that are drawn for an image.
+    pub layers: usize,
+    /// Probability that one of them is applied.
+    pub probability: f64,
+}
+
+/// Mixup and CutMix.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MixConfig {
+    /// α of the distribution of mixup's share, Beta(α, α); 0 for no mixup.
+    pub mixup: f64,
+    /// α of the distribution of CutMix's share; 0 for no CutMix.
+    pub cutmix: f64,
+    /// Probability that a batch is mixed at all.
+    pub probability: f64,
+    /// Probability of CutMix where both are on.
+    pub switch_probability: f64,
 }
 
 /// Where images come from.

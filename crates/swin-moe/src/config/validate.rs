@@ -5,16 +5,13 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use super::error::ConfigError;
-use super::raw::{
-    RawAugment, RawCheckpoint, RawConfig, RawData, RawModel, RawMoe, RawParallel, RawPrecision,
-    RawTrain,
-};
+use super::raw::{RawCheckpoint, RawConfig, RawData, RawModel, RawMoe, RawParallel, RawTrain};
 use super::types::{
-    AugmentConfig, AuxLoss, CheckpointConfig, Config, DataConfig, DataSource, ModelConfig,
-    MoeSettings, ParallelConfig, Precision, TrainConfig,
+    AuxLoss, CheckpointConfig, Config, DataConfig, DataSource, ModelConfig, MoeSettings,
+    ParallelConfig, TrainConfig,
 };
 
-type Result<T> = std::result::Result<T, ConfigError>;
+pub(super) type Result<T> = std::result::Result<T, ConfigError>;
 
 /// Stages beyond this would shrink any allowed image to nothing.
 const MAX_STAGES: usize = 8;
@@ -45,7 +42,7 @@ impl RawConfig {
     }
 }
 
-fn within<T: PartialOrd + Display + Copy>(
+pub(super) fn within<T: PartialOrd + Display + Copy>(
     key: &str,
     value: T,
     range: RangeInclusive<T>,
@@ -59,7 +56,7 @@ fn within<T: PartialOrd + Display + Copy>(
     Err(ConfigError::value(key, value, allowed, remedy))
 }
 
-fn probability(key: &str, value: f64, remedy: &str) -> Result<f64> {
+pub(super) fn probability(key: &str, value: f64, remedy: &str) -> Result<f64> {
     if (0.0..1.0).contains(&value) {
         return Ok(value);
     }
@@ -416,6 +413,15 @@ impl RawTrain {
         )?;
         check_batch("train.batch_size", self.batch_size, model)?;
         check_batch("train.eval_batch_size", self.eval_batch_size, model)?;
+        let parts = "each part of a step has an image at least (train.batch_size)";
+        within(
+            "train.accumulation_steps",
+            self.accumulation_steps,
+            1..=self.batch_size,
+            parts,
+        )?;
+        let decay = "0.999 and 0.9999 are usual; 0 for no average";
+        probability("train.ema_decay", self.ema_decay, decay)?;
         self.check_rates()?;
         within(
             "train.weight_decay",
@@ -445,6 +451,8 @@ impl RawTrain {
         Ok(TrainConfig {
             epochs: self.epochs,
             batch_size: self.batch_size,
+            accumulation_steps: self.accumulation_steps,
+            ema_decay: self.ema_decay,
             lr: self.lr,
             warmup_lr: self.warmup_lr,
             min_lr: self.min_lr,
@@ -456,7 +464,7 @@ impl RawTrain {
             eps: self.eps,
             label_smoothing: self.label_smoothing,
             seed: self.seed,
-            precision: self.precision.validate()?,
+            precision: self.precision,
             log_every: self.log_every,
             eval_every_epochs: self.eval_every_epochs,
             eval_batch_size: self.eval_batch_size,
@@ -480,21 +488,6 @@ impl RawTrain {
     }
 }
 
-impl RawPrecision {
-    fn validate(self) -> Result<Precision> {
-        match self {
-            RawPrecision::F32 => Ok(Precision::F32),
-            RawPrecision::Tf32 => Ok(Precision::Tf32),
-            RawPrecision::Bf16 => Err(ConfigError::value(
-                "train.precision",
-                "\"bf16\"",
-                "\"f32\" or \"tf32\"",
-                "mixed precision is not supported yet: train in f32, or in tf32 on NVIDIA GPUs",
-            )),
-        }
-    }
-}
-
 fn check_batch(key: &str, batch: usize, model: &ModelConfig) -> Result<()> {
     within(
         key,
@@ -512,67 +505,6 @@ fn check_batch(key: &str, batch: usize, model: &ModelConfig) -> Result<()> {
         format!("at most {MAX_BATCH_VALUES} pixel values"),
         format!("lower {key} or model.image_size"),
     ))
-}
-
-impl RawAugment {
-    fn validate(&self, model: &ModelConfig) -> Result<AugmentConfig> {
-        let padding = "4 is usual for 32 pixels; 0 does not crop; at most model.image_size";
-        let range = 0..=model.image_size;
-        within(
-            "augment.random_crop_padding",
-            self.random_crop_padding,
-            range,
-            padding,
-        )?;
-        if self.random_resized_crop && self.random_crop_padding > 0 {
-            return Err(ConfigError::value(
-                "augment.random_crop_padding",
-                self.random_crop_padding,
-                "0 with augment.random_resized_crop",
-                "choose one of the two crops",
-            ));
-        }
-        check_interval("augment.crop_scale", self.crop_scale, 1e-3, 1.0)?;
-        check_interval("augment.crop_ratio", self.crop_ratio, 1e-2, 1e2)?;
-        Ok(AugmentConfig {
-            random_crop_padding: self.random_crop_padding,
-            flip: self.flip,
-            random_resized_crop: self.random_resized_crop,
-            crop_scale: self.crop_scale,
-            crop_ratio: self.crop_ratio,
-            mean: per_channel("augment.mean", &self.mean, model.in_chans, 0.0)?,
-            std: per_channel("augment.std", &self.std, model.in_chans, 1e-6)?,
-        })
-    }
-}
-
-fn check_interval(key: &str, ends: [f64; 2], min: f64, max: f64) -> Result<()> {
-    let [low, high] = ends;
-    if min <= low && low <= high && high <= max {
-        return Ok(());
-    }
-    Err(ConfigError::value(
-        key,
-        format!("[{low}, {high}]"),
-        format!("two numbers in {min}..={max}, the smaller first"),
-        "the usual ones are [0.08, 1.0] for the scale and [0.75, 1.3333] for the ratio",
-    ))
-}
-
-/// One number for each channel; a single one is repeated.
-fn per_channel(key: &str, values: &[f64], in_chans: usize, min: f64) -> Result<Vec<f64>> {
-    if values.len() != 1 && values.len() != in_chans {
-        return Err(ConfigError::value(
-            key,
-            format!("{} numbers long", values.len()),
-            format!("1, or {in_chans} (model.in_chans)"),
-            "give one number for all channels, or one for each",
-        ));
-    }
-    for &value in values {
-        within(key, value, min..=1.0, "pixels are scaled to 0..=1 first")?;
-    }
-    Ok(values.iter().copied().cycle().take(in_chans).collect())
 }
 
 impl RawData {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::augment::Mixer;
 use super::cache::Cache;
 use super::decode::decode_file;
 use super::digits::{self, Digit};
@@ -51,6 +52,7 @@ pub struct Dataset {
     source: Source,
     class_names: Vec<String>,
     pipeline: Pipeline,
+    mixer: Option<Mixer>,
     cache: Cache,
     max_corrupt: usize,
     corrupt: Mutex<BTreeMap<u32, CorruptFile>>,
@@ -89,6 +91,10 @@ impl Dataset {
             source,
             class_names,
             pipeline: Pipeline::new(config, split),
+            mixer: match split {
+                Split::Train => Mixer::new(config.augment.mix),
+                Split::Eval => None,
+            },
             cache: Cache::new(len, config.data.cache_bytes),
             max_corrupt: config.data.max_corrupt,
             corrupt: Mutex::default(),
@@ -117,6 +123,11 @@ impl Dataset {
     pub fn image_shape(&self) -> [usize; 3] {
         let size = self.pipeline.size();
         [self.pipeline.channels(), size, size]
+    }
+
+    /// What mixes the images of a batch, if anything does.
+    pub(super) fn mixer(&self) -> Option<&Mixer> {
+        self.mixer.as_ref()
     }
 
     /// The files that have been left out so far, in the order of the data set.

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use super::batch::Batch;
 use super::dataset::Dataset;
 use super::error::DataError;
-use super::random::shuffled;
+use super::random::{batch_stream, shuffled};
 
 /// Batches that each worker prepares ahead.
 const AHEAD: usize = 2;
@@ -179,6 +179,8 @@ impl Worker {
         let mut batch = Batch {
             images: Vec::with_capacity((last - first) * channels * height * width),
             labels: Vec::with_capacity(last - first),
+            partners: None,
+            share: 1.0,
             indices: Vec::with_capacity(last - first),
             shape: [0, channels, height, width],
             position,
@@ -193,6 +195,10 @@ impl Worker {
             }
         }
         batch.shape[0] = batch.labels.len();
+        if let Some(mixer) = self.dataset.mixer() {
+            let [seed, epoch] = self.seed_and_epoch;
+            mixer.apply(&mut batch, &mut batch_stream(seed, epoch, position));
+        }
         Ok(batch)
     }
 }

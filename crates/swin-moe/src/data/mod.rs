@@ -6,6 +6,7 @@
 //! number of threads. Nothing here touches a device: batches are plain vectors that the training
 //! thread uploads.
 
+mod augment;
 mod batch;
 mod cache;
 mod dataset;
@@ -19,6 +20,7 @@ mod pixels;
 mod random;
 mod transform;
 
+pub use augment::{Mix, Mixer};
 pub use batch::Batch;
 pub use dataset::{CorruptFile, Dataset, Split, load_image_file};
 pub use error::DataError;

@@ -102,6 +102,11 @@ impl Pixels {
         &self.data
     }
 
+    /// The bytes, to be changed.
+    pub(super) fn data_mut(&mut self) -> &mut [u8] {
+        &mut self.data
+    }
+
     /// Gives the image its size.
     pub(super) fn fit(self, fit: Fit) -> Self {
         let Fit::Centre { resize, crop } = fit else {

@@ -12,6 +12,7 @@ use rand_chacha::ChaCha8Rng;
 enum Purpose {
     Order = 1,
     Image = 2,
+    Batch = 3,
 }
 
 fn stream(purpose: Purpose, seed: u64, epoch: u64, index: u64) -> ChaCha8Rng {
@@ -28,6 +29,11 @@ fn stream(purpose: Purpose, seed: u64, epoch: u64, index: u64) -> ChaCha8Rng {
 /// The stream of one image in one epoch.
 pub(super) fn image_stream(seed: u64, epoch: u64, index: u32) -> ChaCha8Rng {
     stream(Purpose::Image, seed, epoch, u64::from(index))
+}
+
+/// The stream of one batch in one epoch.
+pub(super) fn batch_stream(seed: u64, epoch: u64, position: usize) -> ChaCha8Rng {
+    stream(Purpose::Batch, seed, epoch, position as u64)
 }
 
 /// The order of `len` images in one epoch.

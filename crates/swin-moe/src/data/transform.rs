@@ -4,6 +4,7 @@ use rand::{Rng, RngExt};
 
 use crate::config::{AugmentConfig, Config};
 
+use super::augment::{ColorJitter, RandAugment, RandomErasing};
 use super::dataset::Split;
 use super::pixels::{Area, Fit, Pixels};
 
@@ -18,6 +19,8 @@ pub(super) struct Pipeline {
     pub(super) fit: Fit,
     crop: Crop,
     flip: bool,
+    colour: Colour,
+    erasing: Option<RandomErasing>,
     size: usize,
     /// Normalised value of each byte, for each channel.
     normalised: Vec<[f32; 256]>,
@@ -38,6 +41,26 @@ enum Crop {
     },
 }
 
+/// What happens to the image once it has its size, as bytes.
+#[derive(Debug, Clone)]
+enum Colour {
+    None,
+    Jitter(ColorJitter),
+    RandAugment(RandAugment),
+}
+
+impl Colour {
+    /// Colour jitter is left out where RandAugment is on, as timm and the published recipe have
+    /// it: that has colours among its operations.
+    fn new(augment: &AugmentConfig) -> Self {
+        match (augment.rand_augment, augment.color_jitter) {
+            (Some(config), _) => Colour::RandAugment(RandAugment::new(config, &augment.mean)),
+            (None, strength) if strength > 0.0 => Colour::Jitter(ColorJitter::new(strength)),
+            (None, _) => Colour::None,
+        }
+    }
+}
+
 impl Pipeline {
     /// What the settings ask for.
     ///
@@ -55,10 +78,16 @@ impl Pipeline {
             (Split::Eval, true) => (centre(size * 256 / 224), Crop::None, false),
             (Split::Eval, false) => (centre(size), Crop::None, false),
         };
+        let (colour, erasing) = match split {
+            Split::Train => (Colour::new(augment), erasing(augment)),
+            Split::Eval => (Colour::None, None),
+        };
         Self {
             fit,
             crop,
             flip,
+            colour,
+            erasing,
             size,
             normalised: normalisation(augment),
         }
@@ -82,27 +111,62 @@ impl Pipeline {
     /// Applies the random part to a fitted image and appends the normalised values, channel by
     /// channel, row by row.
     pub(super) fn apply(&self, image: &Pixels, rng: &mut impl Rng, out: &mut Vec<f32>) {
+        let start = out.len();
         match self.crop {
-            Crop::None => {
-                let flip = self.draw_flip(rng);
-                self.write(image, [0, 0], flip, out);
-            }
+            Crop::None => self.finish(image, [0, 0], rng, out),
             Crop::Padded(padding) => {
                 let offsets = [(); 2].map(|()| rng.random_range(0..=2 * padding as u32) as isize);
-                let flip = self.draw_flip(rng);
-                self.write(image, offsets.map(|o| o - padding as isize), flip, out);
+                self.finish(image, offsets.map(|o| o - padding as isize), rng, out);
             }
             Crop::Resized { scale, ratio } => {
                 let area = random_area(image, scale, ratio, rng);
-                let flip = self.draw_flip(rng);
                 let part = image.resized(area, self.size, self.size);
-                self.write(&part, [0, 0], flip, out);
+                self.finish(&part, [0, 0], rng, out);
+            }
+        }
+        if let Some(erasing) = &self.erasing {
+            erasing.apply(&mut out[start..], self.size, rng);
+        }
+    }
+
+    /// Everything behind the crop, whose corner is given as in [`Pipeline::write`].
+    fn finish(&self, image: &Pixels, corner: [isize; 2], rng: &mut impl Rng, out: &mut Vec<f32>) {
+        let flip = self.flip && rng.random_bool(0.5);
+        match &self.colour {
+            Colour::None => self.write(image, corner, flip, out),
+            Colour::Jitter(jitter) => {
+                let mut window = self.window(image, corner, flip);
+                jitter.apply(&mut window, rng);
+                self.write(&window, [0, 0], false, out);
+            }
+            Colour::RandAugment(rand_augment) => {
+                let mut window = self.window(image, corner, flip);
+                rand_augment.apply(&mut window, rng);
+                self.write(&window, [0, 0], false, out);
             }
         }
     }
 
-    fn draw_flip(&self, rng: &mut impl Rng) -> bool {
-        self.flip && rng.random_bool(0.5)
+    /// The bytes of what [`Pipeline::write`] normalises.
+    fn window(&self, image: &Pixels, corner: [isize; 2], flip: bool) -> Pixels {
+        let (size, channels) = (self.size, self.channels());
+        let mut bytes = vec![0; size * size * channels];
+        for (y, row) in bytes.chunks_exact_mut(size * channels).enumerate() {
+            let Ok(from_y) = usize::try_from(y as isize + corner[0]) else {
+                continue;
+            };
+            for (x, pixel) in row.chunks_exact_mut(channels).enumerate() {
+                let x = if flip { size - 1 - x } else { x };
+                let Ok(from_x) = usize::try_from(x as isize + corner[1]) else {
+                    continue;
+                };
+                if from_x < image.width() && from_y < image.height() {
+                    let at = (from_y * image.width() + from_x) * channels;
+                    pixel.copy_from_slice(&image.data()[at..at + channels]);
+                }
+            }
+        }
+        Pixels::from_parts(size, size, channels, bytes)
     }
 
     /// Writes the window of the result's size whose corner is at `[row, column]` of the image;
@@ -126,6 +190,10 @@ impl Pipeline {
             }
         }
     }
+}
+
+fn erasing(augment: &AugmentConfig) -> Option<RandomErasing> {
+    (augment.random_erasing > 0.0).then(|| RandomErasing::new(augment.random_erasing))
 }
 
 fn padded_crop(augment: &AugmentConfig) -> Crop {

@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData};
-use hexa_ops::{ExpertOps, MatmulPrecision, matmul};
+use hexa_ops::{ExpertOps, MatmulPrecision, matmul, matmul_to_f32};
 
 use super::error::Result;
 use super::geometry::{BlockGeometry, WindowLayout};
@@ -52,8 +52,14 @@ impl<B: ExpertOps> WindowAttention<B> {
         Self {
             qkv: Linear::new(block.dim, 3 * block.dim, options, device),
             proj: Linear::new(block.dim, block.dim, options, device),
-            cpb_mlp: CpbMlp::new(block.num_heads, init_std, precision, device),
-            pairs: PairExpansion::new(block, precision, device),
+            // A bias of some hundred numbers, which half precision would round for no gain.
+            cpb_mlp: CpbMlp::new(
+                block.num_heads,
+                init_std,
+                precision.of_f32_products(),
+                device,
+            ),
+            pairs: PairExpansion::new(block, precision.of_f32_products(), device),
             mask,
             num_heads: block.num_heads,
             layout,
@@ -61,6 +67,9 @@ impl<B: ExpertOps> WindowAttention<B> {
         }
     }
 
+    /// In mixed precision, scores, bias and softmax are in the type of `x`; the result is of
+    /// [`Linear::forward`]'s.
+    ///
     /// # Shapes
     /// `x` and result: `[batch · grid · grid, dim]`, by sample, row, column
     ///
@@ -72,6 +81,8 @@ impl<B: ExpertOps> WindowAttention<B> {
         let windows = tokens / n;
         let (heads, head_dim) = (self.num_heads, dim / self.num_heads);
 
+        let dtype = self.precision.operand_dtype(x.dtype());
+        let x = x.cast(dtype);
         let x = window::partition(x, self.layout);
         let qkv = self
             .qkv
@@ -85,7 +96,7 @@ impl<B: ExpertOps> WindowAttention<B> {
                 .reshape([windows * heads, n, head_dim])
         };
         let query = part(0).mul_scalar((head_dim as f64).powf(-0.5));
-        let scores = matmul(query, part(1).swap_dims(1, 2), self.precision)?;
+        let scores = matmul_to_f32(query, part(1).swap_dims(1, 2), self.precision)?;
         let weights = softmax(self.add_bias(scores, windows)?, 2);
         let x = matmul(weights, part(2), self.precision)?
             .reshape([windows, heads, n, head_dim])

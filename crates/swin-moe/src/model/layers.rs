@@ -63,6 +63,9 @@ impl<B: ExpertOps> Linear<B> {
         }
     }
 
+    /// The result is of the type that the product's operands were rounded to, which is that of `x`
+    /// but in mixed precision.
+    ///
     /// # Shapes
     /// - `x`: `[rows, in]`
     /// - result: `[rows, out]`
@@ -97,7 +100,7 @@ impl<B: Backend> LayerNorm<B> {
     }
 
     /// # Shapes
-    /// `x` and result: `[rows, channels]`
+    /// `x` and result: `[rows, channels]`, of the parameters' type
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         Tensor::from_primitive(TensorPrimitive::Float(B::layer_norm(
             x.into_primitive().tensor(),

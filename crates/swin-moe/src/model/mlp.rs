@@ -3,7 +3,7 @@
 use burn::module::Module;
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use hexa_ops::{ExpertOps, MatmulPrecision};
+use hexa_ops::{ExpertOps, MatmulPrecision, gelu};
 
 use super::error::Result;
 use super::geometry::BlockGeometry;
@@ -39,24 +39,11 @@ impl<B: ExpertOps> Mlp<B> {
     }
 
     /// # Shapes
-    /// `x` and result: `[tokens, dim]`
+    /// `x` and result: `[tokens, dim]`, the result of [`Linear::forward`]'s type
     ///
     /// # Errors
     /// If the number of channels is another.
     pub fn forward(&self, x: Tensor<B, 2>) -> Result<Tensor<B, 2>> {
-        self.fc2.forward(gelu(self.fc1.forward(x)?))
+        self.fc2.forward(gelu(self.fc1.forward(x)?)?)
     }
-}
-
-/// `x · Φ(x)`, with the error function.
-///
-/// Written out, because the derivative of Burn's own is that of the tanh approximation.
-pub fn gelu<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
-    let phi = x
-        .clone()
-        .mul_scalar(core::f64::consts::FRAC_1_SQRT_2)
-        .erf()
-        .add_scalar(1.0)
-        .mul_scalar(0.5);
-    x * phi
 }

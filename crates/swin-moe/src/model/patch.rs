@@ -46,7 +46,8 @@ impl<B: ExpertOps> PatchEmbed<B> {
             .reshape([batch, chans, rows, p, cols, p])
             .permute([0, 2, 4, 1, 3, 5])
             .reshape([batch * rows * cols, chans * p * p]);
-        let tokens = self.proj.forward(patches)?;
+        let dtype = patches.dtype();
+        let tokens = self.proj.forward(patches)?.cast(dtype);
         Ok(match &self.norm {
             Some(norm) => norm.forward(tokens),
             None => tokens,
@@ -100,6 +101,10 @@ impl<B: ExpertOps> PatchMerging<B> {
             .reshape([batch, half, 2, half, 2, dim])
             .permute([0, 1, 3, 4, 2, 5])
             .reshape([batch * half * half, 4 * dim]);
-        self.reduction.forward(self.norm.forward(merged))
+        let dtype = merged.dtype();
+        Ok(self
+            .reduction
+            .forward(self.norm.forward(merged))?
+            .cast(dtype))
     }
 }

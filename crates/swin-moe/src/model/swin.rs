@@ -101,7 +101,8 @@ impl<B: ExpertOps> SwinMoe<B> {
             .reshape([batch, tokens / batch, dim])
             .mean_dim(1)
             .reshape([batch, dim]);
-        let logits = self.head.forward(pooled)?;
+        let dtype = pooled.dtype();
+        let logits = self.head.forward(pooled)?.cast(dtype);
 
         let mut aux_loss: Option<Tensor<B, 1>> = None;
         let mut loads = Vec::with_capacity(reports.len());

@@ -1,24 +1,29 @@
 //! Small talk with the device: uploads, reads and health checks.
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::{Tensor, TensorData};
 
 use super::error::{Result, TrainError};
+use super::loss::Targets;
 use super::params::{HostTensor, read_tensor};
 use crate::data::Batch;
 
-/// Copies a batch to the device: images `[batch, channels, height, width]`, labels `[batch]`.
-pub(super) fn upload<B: Backend>(
-    batch: Batch,
-    device: &B::Device,
-) -> (Tensor<B, 4>, Tensor<B, 1, Int>) {
-    let labels: Vec<i32> = batch.labels.iter().map(|&label| label as i32).collect();
-    let len = labels.len();
+/// Copies a batch to the device: images `[batch, channels, height, width]`, and what they show.
+pub(super) fn upload<B: Backend>(batch: Batch, device: &B::Device) -> (Tensor<B, 4>, Targets<B>) {
+    let classes = |labels: &[u32]| {
+        let labels: Vec<i32> = labels.iter().map(|&label| label as i32).collect();
+        let len = labels.len();
+        Tensor::from_data(TensorData::new(labels, [len]), device)
+    };
+    let targets = Targets {
+        labels: classes(&batch.labels),
+        mixed: batch
+            .partners
+            .as_ref()
+            .map(|partners| (classes(partners), batch.share)),
+    };
     let images = TensorData::new(batch.images, batch.shape);
-    (
-        Tensor::from_data(images, device),
-        Tensor::from_data(TensorData::new(labels, [len]), device),
-    )
+    (Tensor::from_data(images, device), targets)
 }
 
 /// Copies a tensor to the host; `what` names it in messages. This waits for the device.

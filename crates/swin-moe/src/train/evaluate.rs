@@ -2,6 +2,7 @@
 
 use hexa_ops::ExpertOps;
 
+use super::classes::Confusion;
 use super::device::{read, upload};
 use super::error::Result;
 use super::images::TestImages;
@@ -15,6 +16,8 @@ pub struct Evaluation {
     pub tally: Tally,
     /// Experts' load.
     pub loads: LoadTally,
+    /// What each class was taken for.
+    pub confusion: Confusion,
 }
 
 /// Runs the model over all test images, the last partial batch included.
@@ -35,6 +38,7 @@ pub fn evaluate<B: ExpertOps>(
         let output = model.forward(images)?;
         let logits = read(output.logits, "scores")?;
         evaluation.tally.add(&logits.values, &labels);
+        evaluation.confusion.add(&logits.values, &labels);
         let reports = output
             .loads
             .iter()

@@ -12,12 +12,13 @@ use super::error::{Result, TrainError};
 use super::evaluate::{Evaluation, evaluate};
 use super::faults::DeviceFaults;
 use super::images::{TestImages, prepare_file};
+use super::optimizer::averages;
 use super::params::{read_params, write_params};
 use super::run_dir::RunDir;
 use super::setup::check_classes;
 use super::tally::softmax;
-use crate::backend::{BackendKind, Job, dispatch};
-use crate::config::{Config, DataSource};
+use crate::backend::{BackendKind, Job, check_precision, dispatch};
+use crate::config::{Config, DataSource, Precision};
 use crate::memory::{Held, check_fits};
 use crate::model::SwinMoe;
 use crate::settings::model_config;
@@ -57,6 +58,12 @@ impl Trained {
     /// Has every result checked against what `faults` has heard of the device.
     pub fn with_faults(mut self, faults: DeviceFaults) -> Self {
         self.faults = faults;
+        self
+    }
+
+    /// Has the model computed in another arithmetic than it was trained in.
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        self.config.train.precision = precision;
         self
     }
 
@@ -108,6 +115,15 @@ impl Trained {
         dispatch(backend, job)?
     }
 
+    /// The model on a device that computes in its arithmetic, without autodiff.
+    fn model_to_run<B: TrainingBackend>(
+        self,
+        device: &B::Device,
+    ) -> Result<(SwinMoe<B::InnerBackend>, RunState, Config)> {
+        check_precision::<B>(device, self.config.train.precision)?;
+        self.model::<B>(device)
+    }
+
     /// The model on a device, without autodiff.
     fn model<B: TrainingBackend>(
         self,
@@ -117,12 +133,13 @@ impl Trained {
         let config = model_config(&self.config, state.class_names.len())?;
         check_fits(&config, Held::Parameters, 1)?;
         let model = config.init::<B::InnerBackend>(device)?;
-        let model = write_params(model, self.checkpoint.model).map_err(|reason| {
-            TrainError::Checkpoint {
-                path: self.path,
-                reason,
-                remedy: "it was written by another version of this program",
-            }
+        // What was evaluated in training: the moving averages, where there are any.
+        let mut params = self.checkpoint.model;
+        params.extend(averages(&self.checkpoint.optimizer));
+        let model = write_params(model, params).map_err(|reason| TrainError::Checkpoint {
+            path: self.path,
+            reason,
+            remedy: "it was written by another version of this program",
         })?;
         Ok((model, state, self.config))
     }
@@ -138,7 +155,7 @@ impl Job for Evaluate {
 
     fn run<B: TrainingBackend>(self, device: &B::Device) -> Result<Evaluation> {
         let faults = self.trained.faults.clone();
-        let (model, _, config) = self.trained.model::<B>(device)?;
+        let (model, _, config) = self.trained.model_to_run::<B>(device)?;
         let result = evaluate(&model, &self.images, config.train.eval_batch_size, device)?;
         faults.check("while images were evaluated")?;
         Ok(result)
@@ -164,7 +181,7 @@ impl Job for Predict {
 
     fn run<B: TrainingBackend>(self, device: &B::Device) -> Self::Output {
         let faults = self.trained.faults.clone();
-        let (model, state, config) = self.trained.model::<B>(device)?;
+        let (model, state, config) = self.trained.model_to_run::<B>(device)?;
         let (channels, size) = (config.model.in_chans, config.model.image_size);
         let mut predictions = Vec::with_capacity(self.files.len());
         for files in self.files.chunks(PREDICT_BATCH) {

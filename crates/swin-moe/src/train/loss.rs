@@ -4,22 +4,45 @@ use burn::tensor::activation::log_softmax;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor};
 
+/// What a batch of images shows.
+#[derive(Debug, Clone)]
+pub struct Targets<B: Backend> {
+    /// Class of each image: `[batch]`.
+    pub labels: Tensor<B, 1, Int>,
+    /// Class of what was mixed into each image, `[batch]`, and the share of the image itself.
+    pub mixed: Option<(Tensor<B, 1, Int>, f32)>,
+}
+
 /// Mean over the batch of `−Σ_c q_c log softmax(logits)_c`, where `q` is `1 − smoothing` on the
-/// label plus `smoothing / num_classes` everywhere.
+/// label plus `smoothing / num_classes` everywhere; of a mixed image, the label's part is shared
+/// between both classes.
 ///
 /// # Shapes
 /// - `logits`: `[batch, num_classes]`, float; accumulated in its own type
-/// - `labels`: `[batch]`, int in `0..num_classes`
+/// - `targets`: in `0..num_classes`
 /// - result: `[1]`
 pub fn cross_entropy<B: Backend>(
     logits: Tensor<B, 2>,
-    labels: Tensor<B, 1, Int>,
+    targets: Targets<B>,
     smoothing: f64,
 ) -> Tensor<B, 1> {
     let log_probs = log_softmax(logits, 1);
     let batch = log_probs.dims()[0];
-    let of_label = log_probs.clone().gather(1, labels.reshape([batch, 1]));
-    let label_term = of_label.mean().mul_scalar(-(1.0 - smoothing));
+    let mean_of = |labels: Tensor<B, 1, Int>| {
+        log_probs
+            .clone()
+            .gather(1, labels.reshape([batch, 1]))
+            .mean()
+    };
+    // The loss is linear in the target.
+    let of_labels = match targets.mixed {
+        Some((partners, share)) => {
+            mean_of(targets.labels).mul_scalar(share)
+                + mean_of(partners).mul_scalar(1.0 - f64::from(share))
+        }
+        None => mean_of(targets.labels),
+    };
+    let label_term = of_labels.mul_scalar(-(1.0 - smoothing));
     if smoothing == 0.0 {
         return label_term;
     }

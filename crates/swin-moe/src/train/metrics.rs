@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::classes::ClassScore;
 use super::error::{Result, TrainError};
 
 /// One line of `metrics.jsonl`.
@@ -94,7 +95,13 @@ pub struct EvalRecord {
     pub train_aux_loss: f32,
     /// Load of each MoE layer's experts over the test set, layers in the model's order.
     pub layers: Vec<LayerLoad>,
+    /// The least accurate classes, worst first, [`WORST_CLASSES`] at most.
+    #[serde(default)]
+    pub worst_classes: Vec<ClassScore>,
 }
+
+/// Classes that an [`EvalRecord`] names.
+pub const WORST_CLASSES: usize = 10;
 
 /// Appends records to `metrics.jsonl`.
 #[derive(Debug)]

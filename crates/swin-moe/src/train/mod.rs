@@ -4,6 +4,7 @@
 //! for. None of them is generic: the back-end is a value, see [`crate::backend`].
 
 pub mod checkpoint;
+pub mod classes;
 mod device;
 mod error;
 mod evaluate;
@@ -31,7 +32,7 @@ pub use faults::DeviceFaults;
 pub use images::{Images, TestImages, TrainImages};
 pub use inference::{ImportRequest, Prediction, Trained, import};
 pub use interrupt::StopFlag;
-pub use loss::cross_entropy;
+pub use loss::{Targets, cross_entropy};
 pub use progress::{Progress, Verbosity};
 pub use request::{Control, End, Outcome, ResumeRequest, TrainRequest};
 pub use setup::{resume, train};

@@ -8,9 +8,11 @@
 
 mod bucket;
 
+use std::collections::HashMap;
+
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::Tensor;
-use burn::tensor::backend::AutodiffBackend;
+use burn::tensor::backend::{AutodiffBackend, Backend};
 
 use self::bucket::{Bucket, Layout};
 use super::device::read;
@@ -30,6 +32,34 @@ pub struct AdamWConfig {
     pub weight_decay: f64,
     /// Upper limit of the norm of all gradients together; none if zero.
     pub clip_grad_norm: f64,
+    /// Decay of the moving average of the parameters; none if zero.
+    pub ema_decay: f64,
+}
+
+impl AdamWConfig {
+    /// Decay of the average in the `step`-th step, from one: less at the start, so that the initial
+    /// weights are soon forgotten (`(1 + t) / (10 + t)`, as TensorFlow's moving averages have it).
+    fn ema_decay_at(&self, step: u64) -> f64 {
+        self.ema_decay
+            .min((1.0 + step as f64) / (10.0 + step as f64))
+    }
+}
+
+/// A model's gradients, joined as the optimizer updates them.
+#[derive(Debug, Clone)]
+pub struct FlatGradients<B: Backend>(Vec<Tensor<B, 1>>);
+
+impl<B: Backend> FlatGradients<B> {
+    /// The sums with another pass' gradients.
+    pub fn plus(self, other: Self) -> Self {
+        FlatGradients(
+            self.0
+                .into_iter()
+                .zip(other.0)
+                .map(|(a, b)| a + b)
+                .collect(),
+        )
+    }
 }
 
 /// Whether weight decay acts on a parameter: on tensors of two or more dimensions, but not on the
@@ -63,7 +93,10 @@ impl<B: AutodiffBackend> AdamW<B> {
         let mut collector = Collector::<B>::default();
         model.visit(&mut collector);
         let layout = Layout::plan(collector.slots);
-        let buckets = layout.pack(collector.values, Bucket::new);
+        let averages = config.ema_decay > 0.0;
+        let buckets = layout.pack(collector.values, |params, decay| {
+            Bucket::new(params, decay, averages)
+        });
         AdamW {
             config,
             layout,
@@ -72,18 +105,15 @@ impl<B: AutodiffBackend> AdamW<B> {
         }
     }
 
-    /// Updates all parameters and gives the norm of the gradients before clipping, `[1]`.
-    ///
-    /// Nothing is read back to the host.
+    /// Takes the gradients of `model`'s trained parameters out of a backward pass' results.
     ///
     /// # Errors
     /// [`TrainError::NoGradient`] if a trained parameter has none.
-    pub fn step<M: Module<B>>(
-        &mut self,
-        model: M,
+    pub fn gradients<M: Module<B>>(
+        &self,
+        model: &M,
         mut gradients: B::Gradients,
-        lr: f64,
-    ) -> Result<(M, Tensor<B::InnerBackend, 1>)> {
+    ) -> Result<FlatGradients<B::InnerBackend>> {
         let mut taker = GradientTaker::<B> {
             path: ModulePath::default(),
             gradients: &mut gradients,
@@ -94,7 +124,19 @@ impl<B: AutodiffBackend> AdamW<B> {
         if let Some(name) = taker.without {
             return Err(TrainError::NoGradient { name });
         }
-        let grads = self.layout.pack(taker.taken, |flat, _| flat);
+        Ok(FlatGradients(self.layout.pack(taker.taken, |flat, _| flat)))
+    }
+
+    /// Updates all parameters and gives the norm of the gradients before clipping, `[1]`.
+    ///
+    /// Nothing is read back to the host.
+    pub fn step<M: Module<B>>(
+        &mut self,
+        model: M,
+        gradients: FlatGradients<B::InnerBackend>,
+        lr: f64,
+    ) -> (M, Tensor<B::InnerBackend, 1>) {
+        let grads = gradients.0;
         let norm = global_norm(&grads);
         let scale = (self.config.clip_grad_norm > 0.0).then(|| {
             // PyTorch's clip_grad_norm_: max / (norm + 1e-6), at most 1.
@@ -116,10 +158,24 @@ impl<B: AutodiffBackend> AdamW<B> {
                 bucket.updated(grad, &self.config, lr, self.steps)
             })
             .collect();
+        let flat = self.buckets.iter().map(Bucket::params).collect::<Vec<_>>();
         let mut placer = Placer {
-            flat: self.layout.slices(&self.buckets).into_iter(),
+            flat: self.layout.slices(&flat).into_iter(),
         };
-        Ok((model.map(&mut placer), norm))
+        (model.map(&mut placer), norm)
+    }
+
+    /// The model with the parameters' moving averages instead of the trained ones, if there are
+    /// any; the model as it is otherwise.
+    pub fn averaged<M: Module<B::InnerBackend>>(&self, model: M) -> M {
+        let averages: Option<Vec<_>> = self.buckets.iter().map(Bucket::average).collect();
+        match averages {
+            Some(flat) => model.map(&mut InnerPlacer {
+                path: ModulePath::default(),
+                flat: self.layout.named_slices(&flat),
+            }),
+            None => model,
+        }
     }
 
     /// The moments by parameter name, and the number of steps, for a checkpoint.
@@ -128,12 +184,15 @@ impl<B: AutodiffBackend> AdamW<B> {
     /// [`TrainError::Device`] if a read fails.
     pub fn state(&self) -> Result<HostTensors> {
         let mut tensors = HostTensors::new();
-        for (kind, pick) in [
-            ("first", Bucket::first as fn(&Bucket<B::InnerBackend>) -> _),
-            ("second", Bucket::second),
-        ] {
+        let kinds: [(&str, fn(&Bucket<B::InnerBackend>) -> Option<_>); 3] = [
+            ("first", |bucket| Some(bucket.first())),
+            ("second", |bucket| Some(bucket.second())),
+            (AVERAGE, Bucket::average),
+        ];
+        for (kind, pick) in kinds {
             for (bucket_index, bucket) in self.buckets.iter().enumerate() {
-                let flat = read(pick(bucket), "the optimizer's moments")?;
+                let Some(flat) = pick(bucket) else { continue };
+                let flat = read(flat, "the optimizer's moments")?;
                 for slot in self.layout.slots_of(bucket_index) {
                     let values = flat.values[slot.offset..slot.offset + slot.len()].to_vec();
                     let shape = slot.shape.clone();
@@ -170,6 +229,9 @@ impl<B: AutodiffBackend> AdamW<B> {
             let first = self.layout.flat_state(index, "first", &mut tensors)?;
             let second = self.layout.flat_state(index, "second", &mut tensors)?;
             bucket.set_moments(first, second);
+            if bucket.average().is_some() {
+                bucket.set_average(self.layout.flat_state(index, AVERAGE, &mut tensors)?);
+            }
         }
         if let Some(name) = tensors.keys().next() {
             return Err(format!(
@@ -181,8 +243,23 @@ impl<B: AutodiffBackend> AdamW<B> {
     }
 }
 
+/// What the moving averages are called among the optimizer's tensors.
+const AVERAGE: &str = "average";
+
+/// The parameters' moving averages among an optimizer's tensors, by the parameters' names.
+pub fn averages(optimizer: &HostTensors) -> HostTensors {
+    let prefix = format!("{AVERAGE}.");
+    optimizer
+        .iter()
+        .filter_map(|(name, tensor)| {
+            let name = name.strip_prefix(&prefix)?;
+            Some((name.to_owned(), tensor.clone()))
+        })
+        .collect()
+}
+
 /// `√ Σ g²` over all buckets; their padding is zero. Buckets are summed in order.
-fn global_norm<B: burn::tensor::backend::Backend>(grads: &[Tensor<B, 1>]) -> Tensor<B, 1> {
+fn global_norm<B: Backend>(grads: &[Tensor<B, 1>]) -> Tensor<B, 1> {
     let squares = grads
         .iter()
         .map(|grad| grad.clone().square().sum())
@@ -281,9 +358,32 @@ where
     }
 }
 
-fn flatten<B: burn::tensor::backend::Backend, const D: usize>(
-    tensor: Tensor<B, D>,
-) -> Tensor<B, 1> {
+/// Gives a model without gradients the values of some of its parameters.
+struct InnerPlacer<B: Backend> {
+    path: ModulePath,
+    flat: HashMap<String, Tensor<B, 1>>,
+}
+
+impl<B: Backend> ModuleMapper<B> for InnerPlacer<B> {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.enter(name);
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.exit();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+        let (id, old, mapper) = param.consume();
+        let value = match self.flat.remove(&self.path.name()) {
+            Some(flat) => flat.reshape(old.shape()),
+            None => old,
+        };
+        Param::from_mapped_value(id, value, mapper)
+    }
+}
+
+fn flatten<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Tensor<B, 1> {
     let len = tensor.shape().num_elements();
     tensor.reshape([len])
 }

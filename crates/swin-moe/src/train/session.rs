@@ -12,8 +12,8 @@ use super::error::{Result, TrainError};
 use super::evaluate::evaluate;
 use super::images::Images;
 use super::loss::cross_entropy;
-use super::metrics::{EvalRecord, LayerLoad, MetricsWriter, Record, StepRecord};
-use super::optimizer::AdamW;
+use super::metrics::{EvalRecord, LayerLoad, MetricsWriter, Record, StepRecord, WORST_CLASSES};
+use super::optimizer::{AdamW, FlatGradients};
 use super::params::read_params;
 use super::progress::Progress;
 use super::random::step_seed;
@@ -63,6 +63,26 @@ struct StepTrace<B: TrainingBackend> {
     grad_norm: Tensor<B::InnerBackend, 1>,
     loads: Vec<hexa_moe::LoadStats<B>>,
     lr: f64,
+}
+
+/// Sums over the parts of a step.
+struct PartSums<B: TrainingBackend> {
+    ce_loss: Tensor<B::InnerBackend, 1>,
+    aux_loss: Tensor<B::InnerBackend, 1>,
+    gradients: FlatGradients<B::InnerBackend>,
+    /// Those of the last part.
+    loads: Vec<hexa_moe::LoadStats<B>>,
+}
+
+impl<B: TrainingBackend> PartSums<B> {
+    fn plus(self, other: Self) -> Self {
+        PartSums {
+            ce_loss: self.ce_loss + other.ce_loss,
+            aux_loss: self.aux_loss + other.aux_loss,
+            gradients: self.gradients.plus(other.gradients),
+            loads: other.loads,
+        }
+    }
 }
 
 /// Images and time since the last log line, evaluations and checkpoints left out.
@@ -168,14 +188,27 @@ impl<B: TrainingBackend> Session<'_, B> {
             step_seed(self.config.train.seed, self.place.step),
         );
         let position = batch.position as u64;
-        let (images, labels) = device::upload::<B>(batch, self.device);
-        let output = self.model.forward(images)?;
-        let ce_loss = cross_entropy(output.logits, labels, self.config.train.label_smoothing);
-        let gradients = (ce_loss.clone() + output.aux_loss.clone()).backward();
-        let (model, grad_norm) = self.optimizer.step(self.model.clone(), gradients, lr)?;
+        let images = batch.len();
+        let mut sums: Option<PartSums<B>> = None;
+        for part in batch.into_parts(self.config.train.accumulation_steps) {
+            let part = self.part(part, images)?;
+            sums = Some(match sums {
+                Some(sums) => sums.plus(part),
+                None => part,
+            });
+        }
+        let Some(PartSums {
+            ce_loss,
+            aux_loss,
+            gradients,
+            loads,
+        }) = sums
+        else {
+            unreachable!("the loader never delivers an empty batch");
+        };
+        let (model, grad_norm) = self.optimizer.step(self.model.clone(), gradients, lr);
         self.model = model;
 
-        let (ce_loss, aux_loss) = (ce_loss.inner(), output.aux_loss.inner());
         let place = &mut self.place;
         place.ce_sum = place.ce_sum.clone() + ce_loss.clone();
         place.aux_sum = place.aux_sum.clone() + aux_loss.clone();
@@ -185,8 +218,29 @@ impl<B: TrainingBackend> Session<'_, B> {
             ce_loss,
             aux_loss,
             grad_norm,
-            loads: output.loads,
+            loads,
             lr,
+        })
+    }
+
+    /// Losses and gradients of a part of a step's images, weighted by its share of them.
+    fn part(&self, part: Batch, images: usize) -> Result<PartSums<B>> {
+        let share = part.len() as f64 / images as f64;
+        let (images, targets) = device::upload::<B>(part, self.device);
+        let output = self.model.forward(images)?;
+        let smoothing = self.config.train.label_smoothing;
+        let ce_loss = cross_entropy(output.logits, targets, smoothing);
+        let (ce_loss, aux_loss) = if share == 1.0 {
+            (ce_loss, output.aux_loss)
+        } else {
+            (ce_loss * share, output.aux_loss * share)
+        };
+        let gradients = (ce_loss.clone() + aux_loss.clone()).backward();
+        Ok(PartSums {
+            ce_loss: ce_loss.inner(),
+            aux_loss: aux_loss.inner(),
+            gradients: self.optimizer.gradients(&self.model, gradients)?,
+            loads: output.loads,
         })
     }
 
@@ -277,12 +331,14 @@ impl<B: TrainingBackend> Session<'_, B> {
         let (ce_sum, aux_sum) = self.check_sums(self.schedule.lr_at(self.place.step))?;
         let batches = self.place.batch.max(1) as f32;
         let result = evaluate(
-            &self.model.valid(),
+            &self.optimizer.averaged(self.model.valid()),
             &self.images.test,
             self.config.train.eval_batch_size,
             self.device,
         )?;
         self.check_device()?;
+        let mut worst_classes = result.confusion.scores(self.images.class_names());
+        worst_classes.truncate(WORST_CLASSES);
         let record = EvalRecord {
             step: self.place.step,
             epoch,
@@ -293,6 +349,7 @@ impl<B: TrainingBackend> Session<'_, B> {
             train_ce_loss: ce_sum / batches,
             train_aux_loss: aux_sum / batches,
             layers: result.loads.loads(),
+            worst_classes,
         };
         self.progress.eval(&record);
         self.metrics.append(&Record::Eval(record.clone()))?;

@@ -19,7 +19,7 @@ use super::request::{Control, Outcome, ResumeRequest, TrainRequest};
 use super::run_dir::RunDir;
 use super::schedule::Schedule;
 use super::session::{Place, Session};
-use crate::backend::{BackendKind, Job, dispatch};
+use crate::backend::{BackendKind, Job, check_precision, dispatch};
 use crate::config::{Config, DataSource, TrainConfig};
 use crate::memory::{Held, check_fits};
 use crate::model::SwinMoe;
@@ -200,6 +200,7 @@ pub(crate) fn new_model<B: TrainingBackend>(
     device: &B::Device,
 ) -> Result<SwinMoe<B>> {
     let model = model_config(config, num_classes)?;
+    check_precision::<B>(device, config.train.precision)?;
     // A GPU has memory of its own, and says so itself when it runs out.
     if backend == BackendKind::Cpu {
         check_fits(&model, Held::TrainingState, config.train.batch_size)?;
@@ -215,6 +216,7 @@ fn adamw_config(train: &TrainConfig) -> AdamWConfig {
         epsilon: train.eps,
         weight_decay: train.weight_decay,
         clip_grad_norm: train.clip_grad.unwrap_or(0.0),
+        ema_decay: train.ema_decay,
     }
 }
 
@@ -283,6 +285,7 @@ fn facts(parts: &Parts, schedule: &Schedule) -> Facts {
         name: parts.name.clone(),
         lines: vec![
             line("back-end", parts.backend.to_string()),
+            line("arithmetic", config.train.precision.name().to_owned()),
             line("seed", config.train.seed.to_string()),
             line(
                 "images",
@@ -295,6 +298,7 @@ fn facts(parts: &Parts, schedule: &Schedule) -> Facts {
             ),
             line("steps", schedule.total_steps.to_string()),
             line("batch size", config.train.batch_size.to_string()),
+            line("augmentation", config.augment.summary()),
             line(
                 "experts",
                 format!("{}, top {}", config.moe.num_experts, config.moe.top_k),

@@ -47,6 +47,28 @@ pub fn cases(scratch: &Path) -> Vec<Case> {
             "train --backend tpu",
             "cpu, wgpu and cuda",
         ),
+        (
+            "ranks and back-ends that differ",
+            "calibrate --ranks 3 --backend cpu,cpu",
+            "2 back-ends for 3 ranks",
+        ),
+        ("no ranks", "calibrate --ranks 0", "allowed is 1..=1024"),
+        (
+            "no time to measure",
+            "calibrate --ranks 1 --seconds 0",
+            "--seconds is 0",
+        ),
+        (
+            "no memory",
+            "calibrate --ranks 1 --memory-gib=-2",
+            "--memory-gib is -2",
+        ),
+        ("a plan without a fleet", "plan", "--fleet"),
+        (
+            "a fleet that is not there",
+            "plan --fleet /nowhere/fleet.toml",
+            "write one with `swin-moe calibrate`",
+        ),
         ("neither run nor checkpoint", "eval", "--run"),
         (
             "run and checkpoint",

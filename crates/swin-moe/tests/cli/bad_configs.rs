@@ -7,7 +7,7 @@ use crate::bad_input::Case;
 use crate::harness::words;
 
 /// What `--set` is given, and what the answer must say.
-const SETTINGS: [(&str, &str); 62] = [
+const SETTINGS: [(&str, &str); 79] = [
     ("train.lr", "it has no `=`"),
     ("=1", "the key has no section"),
     ("lr=1", "the key has no section"),
@@ -44,6 +44,26 @@ const SETTINGS: [(&str, &str); 62] = [
     ("data.workers=5000", "data.workers"),
     ("train.precision=f8", "train.precision"),
     ("train.log_every=0", "train.log_every"),
+    ("train.ema_decay=1", "train.ema_decay"),
+    ("train.accumulation_steps=0", "train.accumulation_steps"),
+    ("train.accumulation_steps=65", "train.accumulation_steps"),
+    ("augment.rand_augment=m9", "augment.rand_augment"),
+    ("augment.rand_augment=rand-m9", "inc1"),
+    ("augment.rand_augment=rand-m11-inc1", "0..=10"),
+    ("augment.rand_augment=rand-m9-inc0", "inc0"),
+    ("augment.rand_augment=rand-n1.5-inc1", "n1.5"),
+    ("augment.rand_augment=rand-mstd-inc1", "mstd"),
+    ("augment.rand_augment=rand-m1é-inc1", "m1é"),
+    ("augment.color_jitter=1.5", "augment.color_jitter"),
+    ("augment.random_erasing=-0.1", "augment.random_erasing"),
+    ("augment.mixup=nan", "augment.mixup"),
+    ("augment.mixup=0.001", "augment.mixup"),
+    ("augment.cutmix=-1", "augment.cutmix"),
+    ("augment.mix_probability=2", "augment.mix_probability"),
+    (
+        "augment.mix_switch_probability=2",
+        "augment.mix_switch_probability",
+    ),
     ("train.seed=-1", "train.seed"),
     ("model.image_size=9", "a multiple of model.patch_size"),
     ("model.image_size=10", "model.image_size"),

@@ -243,3 +243,80 @@ fn info_describes_the_published_model() {
     ));
     assert_eq!(total(&info)[2], "M", "{info}");
 }
+
+#[test]
+fn a_measured_fleet_is_planned_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let fleet = dir.path().join("fleet.toml");
+    let line = format!(
+        "calibrate --ranks 2 --seconds 1e-4 --output {}",
+        fleet.display()
+    );
+    let settings = [
+        "train.batch_size=8",
+        "model.depths=[1,1]",
+        "moe.blocks=[[0],[0]]",
+    ];
+    let mut arguments = words(&line);
+    arguments.extend(sets(&settings));
+    let said = succeed(&arguments).stdout;
+    assert!(said.contains("rank1 (cpu)"), "{said}");
+
+    let mut arguments = words(&format!("plan --fleet {}", fleet.display()));
+    arguments.extend(sets(&settings));
+    let said = succeed(&arguments).stdout;
+    assert!(said.contains("batch of 8, 2 ranks"), "{said}");
+    assert!(said.contains("predicted step time"), "{said}");
+    // Hidden units of both layers and all samples are given to somebody.
+    let column =
+        |line: &str, at: usize| -> String { line.split_whitespace().nth(at).unwrap().to_owned() };
+    let layers: Vec<&str> = said
+        .lines()
+        .filter(|line| line.contains("-centric "))
+        .collect();
+    let layers: Vec<usize> = layers
+        .iter()
+        .filter(|line| !line.contains("all layers"))
+        .map(|line| {
+            column(line, 2)
+                .split(':')
+                .map(|n| n.parse::<usize>().unwrap())
+                .sum()
+        })
+        .collect();
+    assert_eq!(layers, [128, 256]);
+    let samples = said
+        .lines()
+        .filter(|line| line.contains("rank0 ") || line.contains("rank1 "));
+    let samples: usize = samples
+        .map(|line| column(line, 3).parse::<usize>().unwrap())
+        .sum();
+    assert_eq!(samples, 8);
+
+    // Measured on another model, or with too little memory.
+    arguments.extend(sets(&["moe.num_experts=5"]));
+    let said = run(&arguments);
+    assert_eq!(said.status, Some(1));
+    assert!(
+        said.stderr.contains("calibrate with the configuration"),
+        "{}",
+        said.stderr
+    );
+    let text = fs::read_to_string(&fleet).unwrap();
+    let poor = text
+        .lines()
+        .map(|line| match line.starts_with("memory_bytes") {
+            true => "memory_bytes = 1000\n".to_owned(),
+            false => format!("{line}\n"),
+        });
+    fs::write(&fleet, poor.collect::<String>()).unwrap();
+    let mut arguments = words(&format!("plan --fleet {}", fleet.display()));
+    arguments.extend(sets(&settings));
+    let said = run(&arguments);
+    assert_eq!(said.status, Some(1));
+    assert!(
+        said.stderr.contains("lower the batch size"),
+        "{}",
+        said.stderr
+    );
+}

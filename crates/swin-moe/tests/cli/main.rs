@@ -10,4 +10,5 @@ mod commands;
 mod files;
 mod harness;
 mod loader;
+mod recipe;
 mod runs;

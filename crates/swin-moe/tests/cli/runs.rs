@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::harness::{TINY, sets, succeed, train_tiny, words};
+use crate::harness::{TINY, run, sets, succeed, train_tiny, words};
 
 /// Steps of an epoch of [`TINY`]: 1,437 digits in batches of 240, the last partial one left out.
 const STEPS_PER_EPOCH: usize = 5;
@@ -96,6 +96,32 @@ fn a_stopped_run_goes_on_as_if_it_had_not_been() {
         resume(&broken, "");
         assert_same(&unbroken, &broken);
     }
+}
+
+/// In mixed precision too; and what the device lacks is refused before anything is written.
+#[test]
+fn mixed_precision_repeats_and_resumes() {
+    let dir = tempfile::tempdir().unwrap();
+    let [unbroken, broken, refused] = ["unbroken", "broken", "refused"].map(|n| dir.path().join(n));
+    let bf16 = ["train.precision=bf16"];
+    train_tiny(&unbroken, &bf16, "");
+    train_tiny(&broken, &bf16, "--max-steps 7");
+    resume(&broken, "");
+    assert_same(&unbroken, &broken);
+    let line = format!("eval --run {} --precision", unbroken.display());
+    succeed(&words(&format!("{line} f32")));
+
+    let said = run(&words(&format!("{line} tf32")));
+    assert_eq!(said.status, Some(1), "{}", said.stderr);
+    assert!(said.stderr.contains("f32, bf16"), "{}", said.stderr);
+    let train = format!(
+        "train --output {} --set train.precision=tf32",
+        refused.display()
+    );
+    let said = run(&words(&train));
+    assert_eq!(said.status, Some(1), "{}", said.stderr);
+    assert!(said.stderr.contains("train.precision"), "{}", said.stderr);
+    assert!(!refused.exists());
 }
 
 /// Lines behind the last checkpoint, as a killed process leaves them, are written anew.

@@ -15,6 +15,7 @@ mod agreement;
 mod device;
 mod error;
 pub mod local;
+mod metered;
 #[cfg(feature = "mpi")]
 pub mod mpi;
 #[cfg(feature = "nccl")]
@@ -26,6 +27,7 @@ pub use agreement::Announcement;
 pub(crate) use agreement::part;
 pub use device::{DeviceCollective, DeviceTensor};
 pub use error::CommError;
+pub use metered::{Meter, Metered, Traffic};
 
 use core::fmt;
 

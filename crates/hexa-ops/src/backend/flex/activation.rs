@@ -2,6 +2,7 @@
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
+use burn::tensor::TensorMetadata;
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
@@ -319,4 +320,32 @@ fn expert_of_position(index: &HostIndex) -> Vec<usize> {
         .enumerate()
         .flat_map(|(e, range)| std::iter::repeat_n(e, range[1] - range[0]))
         .collect()
+}
+
+/// Elements that one thread works on at a time.
+const CHUNK: usize = 4096;
+
+/// See [`crate::ExpertKernels::gelu`].
+pub fn gelu<A: Real>(x: &FlexTensor) -> FlexTensor {
+    let values = Matrix::<A>::read(x);
+    let mut out = vec![A::from_f64(0.0); values.as_slice().len()];
+    out.par_chunks_mut(CHUNK)
+        .zip(values.as_slice().par_chunks(CHUNK))
+        .for_each(|(out, x)| forward_row::<A, Gelu, false>(x, out));
+    write(out, x.shape(), x.dtype())
+}
+
+/// See [`crate::ExpertKernels::gelu_backward`].
+pub fn gelu_backward<A: Real>(x: &FlexTensor, grad: &FlexTensor) -> FlexTensor {
+    let (values, grads) = (Matrix::<A>::read(x), Matrix::<A>::read(grad));
+    let mut out = vec![A::from_f64(0.0); values.as_slice().len()];
+    out.par_chunks_mut(CHUNK)
+        .zip(values.as_slice().par_chunks(CHUNK))
+        .zip(grads.as_slice().par_chunks(CHUNK))
+        .for_each(|((out, x), grad)| {
+            for ((out, &x), &grad) in out.iter_mut().zip(x).zip(grad) {
+                *out = grad * Gelu::value_and_slope(x).1;
+            }
+        });
+    write(out, x.shape(), x.dtype())
 }

@@ -11,9 +11,9 @@ mod index;
 mod matmul;
 mod rows;
 
-use burn::tensor::DType;
 use burn::tensor::backend::Backend;
 use burn::tensor::ops::{FloatTensor, FloatTensorOps, IntTensor};
+use burn::tensor::{DType, FloatDType};
 use burn_flex::Flex;
 
 use super::{
@@ -129,8 +129,32 @@ impl ExpertKernels for Flex {
         lhs: FloatTensor<Self>,
         rhs: FloatTensor<Self>,
         _precision: MatmulPrecision,
+        out: FloatDType,
     ) -> FloatTensor<Self> {
-        <Self as FloatTensorOps<Self>>::float_matmul(lhs, rhs)
+        let cast = <Self as FloatTensorOps<Self>>::float_cast;
+        match lhs.dtype() {
+            // Burn's own product of f16 matrices rounds its sums to f16 on the way.
+            DType::F16 | DType::BF16 => {
+                let [lhs, rhs] = [lhs, rhs].map(|tensor| cast(tensor, FloatDType::F32));
+                cast(<Self as FloatTensorOps<Self>>::float_matmul(lhs, rhs), out)
+            }
+            _ => <Self as FloatTensorOps<Self>>::float_matmul(lhs, rhs),
+        }
+    }
+
+    fn gelu(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        with_accumulator!(x, activation::gelu, &x)
+    }
+
+    fn gelu_backward(x: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        with_accumulator!(x, activation::gelu_backward, &x, &grad)
+    }
+
+    fn supports_precision(
+        _device: &<Self as burn::tensor::backend::BackendTypes>::Device,
+        precision: MatmulPrecision,
+    ) -> bool {
+        precision != MatmulPrecision::Tf32
     }
 }
 

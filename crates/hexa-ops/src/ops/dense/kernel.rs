@@ -4,13 +4,13 @@ use cubecl::prelude::*;
 
 /// `out[b, i, j] = Σ_k lhs[b, i, k] · rhs[b, k, j]`, one unit per element.
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub fn strided_matmul<F: Float, A: Float>(
+pub fn strided_matmul<F: Float, T: Float, A: Float>(
     lhs: &Tensor<F>,
     rhs: &Tensor<F>,
-    out: &mut Tensor<F>,
+    out: &mut Tensor<T>,
     num_elements: usize,
     #[comptime] rank: usize,
-    #[define(F, A)] _dtypes: [StorageType; 2],
+    #[define(F, T, A)] _dtypes: [StorageType; 3],
 ) {
     if ABSOLUTE_POS >= num_elements {
         terminate!();
@@ -40,5 +40,5 @@ pub fn strided_matmul<F: Float, A: Float>(
         lhs_at += lhs.stride(column_axis);
         rhs_at += rhs.stride(row_axis);
     }
-    out[ABSOLUTE_POS] = F::cast_from(sum);
+    out[ABSOLUTE_POS] = T::cast_from(sum);
 }

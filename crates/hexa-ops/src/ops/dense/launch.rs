@@ -2,7 +2,10 @@
 
 use std::sync::Once;
 
+use burn::tensor::DType;
 use burn_cubecl::{CubeRuntime, tensor::CubeTensor};
+use cubecl::client::ComputeClient;
+use cubecl::prelude::CubePrimitive;
 use cubecl::zspace::{Shape, Strides, metadata::Metadata};
 use cubek::matmul::{
     definition::{MatmulElems, MatmulGlobalElems, MatmulSetupError},
@@ -21,13 +24,13 @@ use crate::types::MatmulPrecision;
 /// # Shapes
 /// - `lhs`: `[.., m, k]`, `rhs`: `[.., k, n]`, of one float dtype, rank (two or more) and batch
 ///   dimensions; sums in f32, in f64 for f64
-/// - result: `[.., m, n]`, contiguous
+/// - result: `[.., m, n]`, contiguous, of type `dtype`
 pub fn dense_matmul<R: CubeRuntime>(
     lhs: CubeTensor<R>,
     rhs: CubeTensor<R>,
     precision: MatmulPrecision,
+    dtype: DType,
 ) -> CubeTensor<R> {
-    let dtype = lhs.dtype;
     let rank = lhs.meta.shape().num_dims();
     let mut shape = lhs.meta.shape().clone();
     let inner = shape[rank - 1];
@@ -40,19 +43,19 @@ pub fn dense_matmul<R: CubeRuntime>(
     let rows = shape[rank - 2];
     let batches = shape.num_elements() / (rows * columns);
     let parts = parts_of_sum(batches, rows, columns, inner);
-    // With batches as well as parts there would be two axes in front; and parts of half precision
-    // would be rounded before they are added.
-    if parts > 1 && batches == 1 && dtype == accumulator(dtype) {
+    // With batches as well as parts there would be two axes in front.
+    if parts > 1 && batches == 1 {
         let sums = dense_matmul(
             in_parts(lhs, rank - 1, parts),
             in_parts(rhs, rank - 2, parts),
             precision,
+            accumulator(dtype),
         );
         return sum_parts(sums, parts, shape, dtype);
     }
 
     let out = empty(&lhs, shape, dtype);
-    for candidate in candidates(dtype, precision) {
+    for candidate in candidates(lhs.dtype, precision) {
         let strategy = match candidate {
             Candidate::MatrixUnits => Strategy::SimpleCyclicCmma(Default::default()),
             Candidate::RegisterTiles => Strategy::SimpleUnit(Default::default()),
@@ -92,11 +95,11 @@ fn tiled<R: CubeRuntime>(
     rhs: &CubeTensor<R>,
     out: &CubeTensor<R>,
 ) -> Result<(), MatmulSetupError> {
-    let dtype = out.dtype.into();
+    let dtype = lhs.dtype.into();
     let mut elems = MatmulElems::from_globals(&MatmulGlobalElems {
         lhs: dtype,
         rhs: dtype,
-        out: dtype,
+        out: out.dtype.into(),
     });
     launch_ref(
         strategy,
@@ -119,7 +122,7 @@ fn readable<R: CubeRuntime>(tensor: &CubeTensor<R>) -> CubeTensor<R> {
 fn strided<R: CubeRuntime>(lhs: CubeTensor<R>, rhs: CubeTensor<R>, out: &CubeTensor<R>) {
     let num_elements = out.meta.num_elements();
     let rank = out.meta.shape().num_dims();
-    let dtype = out.dtype;
+    let dtype = lhs.dtype;
     let (cube_count, cube_dim) = unit_per_item(&out.client, num_elements);
     let address = address_type(&[&lhs, &rhs, out]);
     // SAFETY: units past the last element leave at once; the other indices follow the operands'
@@ -135,9 +138,15 @@ fn strided<R: CubeRuntime>(lhs: CubeTensor<R>, rhs: CubeTensor<R>, out: &CubeTen
             out.clone().into_tensor_arg(),
             num_elements,
             rank,
-            [dtype.into(), accumulator(dtype).into()],
+            [dtype.into(), out.dtype.into(), accumulator(dtype).into()],
         );
     }
+}
+
+/// Whether the device has matrix units for TF32.
+pub fn has_tf32<R: CubeRuntime>(client: &ComputeClient<R>) -> bool {
+    let tf32 = cubecl::tf32::as_type_native_unchecked().storage_type();
+    client.properties().supports_type(tf32)
 }
 
 /// Logs the first refusal of each kind of kernel: which kernel runs is a choice of capability,

@@ -4,13 +4,17 @@
 //! with the gate weight and, with one choice per token, writes the result's rows. Backward, the
 //! product with `W2ᵀ` ends with the activation's gradient, writes the pre-activation's gradient
 //! over the pre-activation if nobody else holds it, and leaves a share of the gate weights'
-//! gradient for each column tile.
+//! gradient for each column tile. It may be done in two pieces, so that only half of the weighted
+//! activations are there at one time.
 
 use burn::tensor::DType;
 use cubecl::server::KernelArguments;
 
-use super::launch::{Rows, accepts, contiguous_index, packed, prepared_rows, rows_aligned, sums};
-use super::source::Epilogue;
+use super::launch::{
+    Rows, accepts, contiguous_index, packed, prepared_rows, rows_aligned, slice, sums, sums_into,
+};
+use super::plan::gradient_piece;
+use super::source::{Epilogue, FINISH_THREADS};
 use super::task::Kernel;
 use super::{FfnArgs, Tensor};
 use crate::backend::{FfnBackwardArgs, FfnForward, FfnGrads, FfnWeights, RawExpertIndex};
@@ -122,30 +126,50 @@ pub(super) fn backward(
 
     let w2 = rows_aligned(args.weights.w2);
     let (grad_rows, grad_order) = prepared_rows(grad_output.clone(), d_ff, &index);
-    let through = Rows {
-        a: &grad_rows,
-        a_order: grad_order,
-        w: &w2,
-        transposed: true,
-        bias: None,
-        gates: Some(&gates),
-        index: &index,
-        out_order: RowOrder::Expert,
-    };
     let pre_activation = packed(args.pre_activation);
     let grad_pre = if pre_activation.can_mut() {
         pre_activation.clone()
     } else {
         empty(&pre_activation, [num_slots, width], pre_activation.dtype)
     };
-    let weighted = empty(&grad_output, [num_slots, d_ff], grad_output.dtype);
-    let column_tiles = d_ff.div_ceil(through.tile_columns());
-    let gate_parts = empty(&grad_output, [column_tiles, num_slots], DType::F32);
-    through.launch(
-        Epilogue::ActivateVjp(args.options.activation),
-        &[&pre_activation, &gate_parts, &weighted, &grad_pre],
-    );
-    drop(pre_activation);
+    let piece = gradient_piece((num_slots, index.top_k), index.num_experts, d_model, d_ff);
+    let w2_piece = slice(&w2, 1, 0, piece);
+    let through = Rows {
+        a: &grad_rows,
+        a_order: grad_order,
+        w: &w2_piece,
+        transposed: true,
+        bias: None,
+        gates: Some(&gates),
+        index: &index,
+        out_order: RowOrder::Expert,
+    };
+    let tiles = piece.div_ceil(through.tile_columns());
+    let gate_parts = empty(&grad_output, [d_ff / piece * tiles, num_slots], DType::F32);
+    if needs.w2 {
+        let shape = [index.num_experts, d_ff, d_model];
+        grads.w2 = Some(empty(&grad_output, shape, grad_output.dtype));
+    }
+    for start in (0..d_ff).step_by(piece) {
+        let weighted = empty(&grad_output, [num_slots, piece], grad_output.dtype);
+        let columns = |tensor| slice(tensor, 1, start * width / d_ff, piece * width / d_ff);
+        let parts = slice(&gate_parts, 0, start / piece * tiles, tiles);
+        let w = slice(&w2, 1, start, piece);
+        Rows { w: &w, ..through }.launch(
+            Epilogue::ActivateVjp(args.options.activation),
+            &[
+                &columns(&pre_activation),
+                &parts,
+                &weighted,
+                &columns(&grad_pre),
+            ],
+        );
+        if let Some(w2) = &grads.w2 {
+            let out = slice(w2, 1, start, piece);
+            sums_into(&grad_rows, grad_order, &weighted, &index, true, &out);
+        }
+    }
+    drop((pre_activation, grad_rows));
 
     if needs.gates {
         let bias = args.weights.b2.map(rows_aligned);
@@ -154,10 +178,6 @@ pub(super) fn backward(
         grads.gates = Some(out);
     }
     drop(gate_parts);
-    if needs.w2 {
-        grads.w2 = Some(sums(&grad_rows, grad_order, &weighted, &index, true));
-    }
-    drop((weighted, grad_rows));
     if needs.w1 {
         let (x, x_order) = prepared_rows(args.x, d_ff, &index);
         grads.w1 = Some(sums(&x, x_order, &grad_pre, &index, false));
@@ -220,11 +240,14 @@ fn gate_gradient(
         grad_output.meta.strides()[0],
         bias_or_any.meta.strides()[0],
     ];
-    // SAFETY: one warp for each slot of the index, whose tensors have the sizes in `scalars`.
+    // SAFETY: one warp for each token of the index, whose tensors have the sizes in `scalars`.
     unsafe {
         kernel.launch(
             &out.client,
-            (num_slots.div_ceil(8) as u32, 1),
+            (
+                (32 * index.tokens).div_ceil(FINISH_THREADS as usize) as u32,
+                1,
+            ),
             arguments,
             scalars.map(|n| n as u64).to_vec(),
         );

@@ -40,39 +40,55 @@ struct GateParams {
   u64 num_slots, column_tiles, num_experts, d_model, has_bias, grad_stride, bias_stride;
 };
 
-// grad_gates[slot] = sum of the column tiles' parts + dy[token] . b2[expert]; a warp for each slot.
+// grad_gates[slot] = sum of the column tiles' parts + dy[token] . b2[expert]; a warp for each token,
+// which reads dy once for all choices.
 extern "C" __global__ void hexa_gate_gradient(
     const float* __restrict__ parts, const u16* __restrict__ grad_output,
     const u16* __restrict__ bias, const int* __restrict__ positions,
     const int* __restrict__ offsets, u16* __restrict__ grad_gates,
     const __grid_constant__ GateParams p) {
-  int slot = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
-  if (slot >= (int)p.num_slots) return;
-  float sum = 0.0f;
-  for (int tile = lane; tile < (int)p.column_tiles; tile += 32)
-    sum += parts[(u64)tile * p.num_slots + slot];
-  if (p.has_bias) {
-    int position = positions[slot], low = 0, high = (int)p.num_experts;
+  int token = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+  int first = token * TOP_K;
+  if (first >= (int)p.num_slots) return;
+  float sums[TOP_K];
+  const u32* biases[TOP_K];
+#pragma unroll
+  for (int choice = 0; choice < TOP_K; ++choice) {
+    sums[choice] = 0.0f;
+    for (int tile = lane; tile < (int)p.column_tiles; tile += 32)
+      sums[choice] += parts[(u64)tile * p.num_slots + first + choice];
+    int position = positions[first + choice], low = 0, high = (int)p.num_experts;
     while (high - low > 1) {
       int middle = (low + high) / 2;
       if (offsets[middle] <= position) low = middle; else high = middle;
     }
-    const u32* dy = (const u32*)(grad_output + (u64)(slot / TOP_K) * p.grad_stride);
-    const u32* b = (const u32*)(bias + (u64)low * p.bias_stride);
+    biases[choice] = (const u32*)(bias + (u64)low * p.bias_stride);
+  }
+  if (p.has_bias) {
+    const u32* dy = (const u32*)(grad_output + (u64)token * p.grad_stride);
     for (int i = lane; i < (int)p.d_model / 2; i += 32) {
-      u32 x = dy[i], y = b[i];
-      sum = fmaf(to_float((u16)x), to_float((u16)y), sum);
-      sum = fmaf(to_float((u16)(x >> 16)), to_float((u16)(y >> 16)), sum);
+      u32 x = dy[i];
+#pragma unroll
+      for (int choice = 0; choice < TOP_K; ++choice) {
+        u32 y = biases[choice][i];
+        sums[choice] = fmaf(to_float((u16)x), to_float((u16)y), sums[choice]);
+        sums[choice] = fmaf(to_float((u16)(x >> 16)), to_float((u16)(y >> 16)), sums[choice]);
+      }
     }
   }
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-  if (lane == 0) grad_gates[slot] = from_float(sum);
+#pragma unroll
+  for (int choice = 0; choice < TOP_K; ++choice) {
+    float sum = sums[choice];
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (lane == 0) grad_gates[first + choice] = from_float(sum);
+  }
 }
 
-struct PartParams { u64 elements, chunk; };
+struct PartParams { u64 elements, chunk, out_stride; };
 
 // out[e] = the sum of its slabs, in order, for the experts with more rows than a chunk; the others'
-// results are there already. One row of cubes for each expert.
+// results are there already. Slabs lie in the order of the experts' lengths, as grouped.cu's table has
+// them. One row of cubes for each expert.
 extern "C" __global__ void hexa_sum_parts(const float* __restrict__ parts,
                                           const int* __restrict__ offsets, u16* __restrict__ out,
                                           const __grid_constant__ PartParams p) {
@@ -80,9 +96,10 @@ extern "C" __global__ void hexa_sum_parts(const float* __restrict__ parts,
   int rows = offsets[expert + 1] - offsets[expert];
   if (rows <= chunk) return;
   u64 first = 0;
-  for (int e = 0; e < expert; ++e) {
+  for (int e = 0; e < (int)gridDim.y; ++e) {
     int others = offsets[e + 1] - offsets[e];
-    if (others > chunk) first += (others + chunk - 1) / chunk;
+    bool earlier = others > rows || (others == rows && e < expert);
+    if (earlier && others > chunk) first += (others + chunk - 1) / chunk;
   }
   int count = (rows + chunk - 1) / chunk;
   for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < p.elements / 4;
@@ -92,7 +109,7 @@ extern "C" __global__ void hexa_sum_parts(const float* __restrict__ parts,
       float4 v = *(const float4*)(parts + (first + part) * p.elements + 4 * i);
       sum.x += v.x; sum.y += v.y; sum.z += v.z; sum.w += v.w;
     }
-    u16* to = out + (u64)expert * p.elements + 4 * i;
+    u16* to = out + (u64)expert * p.out_stride + 4 * i;
     *(uint2*)to = make_uint2((u32)from_float(sum.x) | (u32)from_float(sum.y) << 16,
                              (u32)from_float(sum.z) | (u32)from_float(sum.w) << 16);
   }

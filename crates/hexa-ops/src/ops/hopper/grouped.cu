@@ -3,10 +3,10 @@
 // One persistent kernel, compiled for one of two problems over positions in expert order:
 //
 //   ROWS  (ESMM)    out[p, n]    = epilogue(sum_k a[row(p), k] * b[expert(p)][k, n])
-//   SUMS  (ESTMM)   out[e][m, n] = sum over the positions p of expert e of a[row(p), m] * b[row(p), n]
+//   SUMS  (ESTMM)   out[e][m, n] = sum over positions p of expert e of a[row(p), m] * b[row(p), n]
 //
-// A cube has two warpgroups that multiply, each 64 rows of a tile, and one that copies operands into a
-// ring of stages. Copies of the next tile are under way during a tile's epilogue.
+// A cube has two warpgroups that multiply, each 64 rows of a tile, and one that copies operands
+// into a ring of stages. Copies of the next tile are under way during a tile's epilogue.
 //
 // What bounds such a kernel is the second-level cache: 128 x 256 tiles at 800 TFLOP/s would read
 // 9 TB/s from it, and 6 to 7 are there. Therefore two cubes form a cluster that works on tiles one
@@ -18,11 +18,6 @@
 // per thread, and the function wgmma(); PROBLEM_SUMS, A_SOURCE, A_BULK, B_TRANSPOSED, OUT_SOURCE,
 // OUT_TRANSPOSED, EPILOGUE, ACTIVATION, GATED, HAS_BIAS, HAS_GATES, IS_F16, SPLIT.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
 #define BM 128
 #define BK 64
 #define CONSUMER_WARPS 8
@@ -30,7 +25,6 @@ typedef unsigned long long u64;
 #define CONSUMERS 256
 #define PRODUCERS 128
 #define LINES (PRODUCERS / 8)  // rows that all producers copy 128 bytes of at a time
-#define CLUSTER 2
 #define GROUP_M 8  // pairs of row tiles
 
 // Row of a matrix for a position: the position itself, its slot, or its slot's token.
@@ -42,14 +36,7 @@ typedef unsigned long long u64;
 #define EPILOGUE_ACTIVATE 1      // out = acc + bias, out2 = act(out)
 #define EPILOGUE_ACTIVATE_VJP 2  // acc is the gradient of act(h), before gate weighting:
                                  // out = gate * acc * act'(h), out2 = gate * act(h), and
-                                 // gate_parts[column tile][slot] = sum over its columns of acc * act(h)
-
-#define GELU 0
-#define GELU_TANH 1
-#define RELU 2
-#define SILU 3
-
-struct __align__(64) TensorMap { u64 opaque[16]; };
+                                 // gate_parts[column tile][slot] = sum of its acc * act(h)
 
 struct Params {
   u64 num_experts;
@@ -60,6 +47,8 @@ struct Params {
   u64 chunk;  // SUMS, SPLIT: positions in one part
   u64 num_slots;
   u64 bias_stride;  // elements from expert to expert
+  u64 h_stride;     // elements from row to row of the pre-activation and its gradient
+  u64 out_stride;   // SUMS: elements from expert to expert of the result
 };
 
 // ---- Stages ----
@@ -68,8 +57,8 @@ struct Params {
 #define A_BYTES (BM * BK * 2)
 #define B_BYTES (BN * BK * 2)
 #define STAGE_BYTES (A_BYTES + B_BYTES)
-// The activation's gradient also needs the pre-activation's tile. It comes through the ring as well,
-// behind the operands, in steps of 128 rows x H_COLUMNS in rows of 256 bytes, swizzled alike.
+// The activation's gradient also needs the pre-activation's tile. It comes through the ring as
+// well, behind the operands, in steps of 128 rows x H_COLUMNS in rows of 256 bytes, swizzled alike.
 #define H_COLUMNS (BN == 192 ? 96 : 128)
 #define H_STEPS (EPILOGUE == EPILOGUE_ACTIVATE_VJP ? BN * (1 + GATED) / H_COLUMNS : 0)
 // Epilogue: each warp passes 16 rows x 64 columns of results at a time through shared memory.
@@ -77,105 +66,6 @@ struct Params {
 // Dynamic shared memory: the stages, the patches, then barriers, then the experts' tile table.
 #define SHARED_BARRIERS (STAGES * STAGE_BYTES + PATCH_BYTES)
 #define SHARED_TABLE (SHARED_BARRIERS + STAGES * 16)
-
-__device__ __forceinline__ u32 shared_address(const void* p) {
-  return (u32)__cvta_generic_to_shared(p);
-}
-
-__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive_expecting(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-
-// Arrives at the barrier at this address of cube `rank` of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(barrier),
-      "r"(rank) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra over;\nbra again;\nover:\n}\n" ::"r"(barrier), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;"
-               ::: "memory");
-}
-
-// Copies a box of a tensor into the same place of every cube of the cluster.
-__device__ __forceinline__ void copy_box(u32 target, const TensorMap* map, int column, int row,
-                                         int matrix, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(target), "l"(map), "r"(column),
-      "r"(row), "r"(matrix), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
-}
-
-// Copies 16 bytes, or writes zeros if `valid` is false; `source` is not read then.
-__device__ __forceinline__ void copy16(u32 target, const u16* source, bool valid) {
-  u32 bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
-               "r"(bytes) : "memory");
-}
-
-// Arrives at the barrier once all copies that this thread has asked for are done.
-__device__ __forceinline__ void arrive_after_copies(u32 barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
-// Copies a box of a tensor into this cube.
-__device__ __forceinline__ void copy_own_box(u32 target, const TensorMap* map, int column, int row,
-                                             u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(0),
-      "r"(barrier) : "memory");
-}
-
-// Descriptor of an operand with the 128-byte swizzle. `lead` is the distance of its blocks of 64
-// along the rows' direction (read only if the operand is stored with the summed dimension first).
-__device__ __forceinline__ u64 descriptor(u32 address, u32 lead) {
-  return (u64)((address & 0x3ffff) >> 4) | ((u64)(lead >> 4) << 16) | ((u64)(1024 >> 4) << 32) |
-         ((u64)1 << 62);
-}
-
-// ---- Numbers ----
-#if IS_F16
-__device__ __forceinline__ float low_float(u32 pair) {
-  float f; u16 h = (u16)pair; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f;
-}
-__device__ __forceinline__ float high_float(u32 pair) { return low_float(pair >> 16); }
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 pair; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low)); return pair;
-}
-#else
-__device__ __forceinline__ float low_float(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_float(u32 pair) {
-  return __uint_as_float(pair & 0xffff0000u);
-}
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 pair; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low)); return pair;
-}
-#endif
 
 // ---- Where tiles lie ----
 struct Tile {
@@ -186,9 +76,12 @@ struct Tile {
   int part;   // SUMS: slab of the partial sums, or -1 for the result itself
 };
 
-// Tiles before each expert, and (SPLIT) slabs of partial sums before it.
+// Tiles before each expert, and (SPLIT) slabs of partial sums before it, in the order in which
+// experts are worked on: in SUMS those with the longest sums first, so that no cluster begins with
+// one when the others are nearly done.
 struct Table {
-  int* begin;  // [num_experts + 1] positions
+  int* begin;  // [num_experts + 1] positions, by expert
+  int* order;  // [num_experts] experts
   int* tiles;  // [num_experts + 1]
   int* parts;  // [num_experts + 1]
 };
@@ -206,13 +99,26 @@ __device__ __forceinline__ void build_table(Table table, const int* offsets, con
   int n_tiles = ((int)p.n + BN - 1) / BN;
   for (int e = threadIdx.x; e <= experts; e += blockDim.x) table.begin[e] = offsets[e];
   __syncthreads();
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) {
+    int rank = e;
+#if PROBLEM_SUMS
+    int rows = table.begin[e + 1] - table.begin[e];
+    rank = 0;
+    for (int other = 0; other < experts; ++other) {
+      int others = table.begin[other + 1] - table.begin[other];
+      rank += others > rows || (others == rows && other < e);
+    }
+#endif
+    table.order[rank] = e;
+  }
+  __syncthreads();
   if (threadIdx.x < 32) {
     int lane = threadIdx.x, tiles = 0, slabs = 0;
     if (lane == 0) table.tiles[0] = table.parts[0] = 0;
     for (int base = 0; base < experts; base += 32) {
       int e = base + lane, own = 0, own_slabs = 0;
       if (e < experts) {
-        int rows = table.begin[e + 1] - table.begin[e];
+        int rows = table.begin[table.order[e] + 1] - table.begin[table.order[e]];
 #if PROBLEM_SUMS
         int parts = parts_of(rows, p);
         own = parts * (((int)p.m + 2 * BM - 1) / (2 * BM)) * n_tiles;
@@ -222,7 +128,8 @@ __device__ __forceinline__ void build_table(Table table, const int* offsets, con
 #endif
       }
       for (int step = 1; step < 32; step *= 2) {
-        int left = __shfl_up_sync(~0u, own, step), left_slabs = __shfl_up_sync(~0u, own_slabs, step);
+        int left = __shfl_up_sync(~0u, own, step);
+        int left_slabs = __shfl_up_sync(~0u, own_slabs, step);
         if (lane >= step) { own += left; own_slabs += left_slabs; }
       }
       if (e < experts) { table.tiles[e + 1] = tiles + own; table.parts[e + 1] = slabs + own_slabs; }
@@ -243,8 +150,8 @@ __device__ __forceinline__ Tile find_tile(Table table, int index, int rank, cons
     if (table.tiles[middle] <= index) low = middle; else high = middle;
   }
   Tile tile;
-  tile.expert = low;
-  int begin = table.begin[low], rows = table.begin[low + 1] - begin;
+  tile.expert = table.order[low];
+  int begin = table.begin[tile.expert], rows = table.begin[tile.expert + 1] - begin;
   int n_tiles = ((int)p.n + BN - 1) / BN;
   int local = index - table.tiles[low];
 #if PROBLEM_SUMS
@@ -309,103 +216,6 @@ __device__ __forceinline__ void copy_b(u32 stage, const TensorMap* map, const Ti
 #endif
 }
 
-// ---- Activations ----
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;
-}
-
-__device__ __forceinline__ float reciprocal_fast(float x) {
-  float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;
-}
-
-// Distribution function of the normal distribution. It is computed as often as the matrix unit
-// multiplies 2 x 384 numbers: the error function's usual formulas, with two slow operations, would
-// take longer than that.
-#if IS_F16
-// 1/2 + x * Q(x * x) with |x| cut off at 4.5; Q of degree 9 fitted for the least absolute error, which
-// is below 1e-5, where an f16 near one is rounded by 5e-4.
-__device__ __forceinline__ float normal_cdf(float x) {
-  float c = fminf(fmaxf(x, -4.5f), 4.5f), u = c * c;
-  float q = fmaf(-1.72628643e-12f, u, 2.02239975e-10f);
-  q = fmaf(q, u, -1.05669411e-8f);
-  q = fmaf(q, u, 3.27888785e-7f);
-  q = fmaf(q, u, -6.81368329e-6f);
-  q = fmaf(q, u, 1.01733734e-4f);
-  q = fmaf(q, u, -1.14271371e-3f);
-  q = fmaf(q, u, 9.89176985e-3f);
-  q = fmaf(q, u, -6.64206743e-2f);
-  q = fmaf(q, u, 3.98924679e-1f);
-  return fmaf(c, q, 0.5f);
-}
-#else
-// 1/2 + 1/2 * tanh(x * (c0 + c1 * x * x)), fitted to 3e-4; the unit's own tanh adds 2e-4. A bf16 near
-// one is rounded by 2e-3.
-__device__ __forceinline__ float normal_cdf(float x) {
-  float t;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(x * fmaf(x * x, 0.03485454116f, 0.79961599019f)));
-  return fmaf(t, 0.5f, 0.5f);
-}
-#endif
-
-// Value and derivative of the activation of one number.
-__device__ __forceinline__ void activate(float h, float& value, float& slope) {
-#if ACTIVATION == GELU
-  float phi = normal_cdf(h);
-  value = h * phi;
-  slope = fmaf(h * 0.3989422804014327f, exp2_fast(-0.7213475204444817f * h * h), phi);
-#elif ACTIVATION == GELU_TANH
-  float inner = 0.7978845608028654f * fmaf(0.044715f * h * h, h, h);
-  float t = fmaf(-2.0f, reciprocal_fast(exp2_fast(2.8853900817779268f * inner) + 1.0f), 1.0f);
-  value = 0.5f * h * (1.0f + t);
-  slope = 0.5f * (1.0f + t) +
-          0.5f * h * (1.0f - t * t) * 0.7978845608028654f * fmaf(0.134145f * h, h, 1.0f);
-#elif ACTIVATION == RELU
-  value = fmaxf(h, 0.0f);
-  slope = h > 0.0f ? 1.0f : 0.0f;
-#else
-  float sigmoid = reciprocal_fast(1.0f + exp2_fast(-1.4426950408889634f * h));
-  value = h * sigmoid;
-  slope = sigmoid * fmaf(h, 1.0f - sigmoid, 1.0f);
-#endif
-}
-
-// ---- Results on their way out ----
-// A warp's buffer has 16 rows of 128 bytes, or 64 of 32 bytes if the result is transposed; chunks of
-// 16 bytes are exchanged against bank conflicts.
-__device__ __forceinline__ u32 patch_chunk(u32 patch, int row, int chunk) {
-  return patch + row * 128 + ((chunk ^ (row & 7)) << 4);
-}
-__device__ __forceinline__ u32 patch_chunk_transposed(u32 patch, int row, int chunk) {
-  return patch + row * 32 + ((chunk ^ ((row >> 2) & 1)) << 4);
-}
-
-// Stores 16 x 16 numbers as a warp has them in its sums: pairs of columns 8 * chunk + 2 * (lane % 4) of
-// rows lane / 4 and lane / 4 + 8, then the same 8 columns on.
-__device__ __forceinline__ void patch_store_pairs(u32 patch, int chunk, const u32* pairs) {
-  int lane = threadIdx.x % 32, matrix = lane >> 3;
-  u32 at = patch_chunk(patch, (matrix & 1) * 8 + (lane & 7), chunk + (matrix >> 1));
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
-               "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3]) : "memory");
-}
-__device__ __forceinline__ void patch_store(u32 patch, int chunk, const float* v) {
-  u32 pairs[4] = {pack(v[0], v[1]), pack(v[2], v[3]), pack(v[4], v[5]), pack(v[6], v[7])};
-  patch_store_pairs(patch, chunk, pairs);
-}
-__device__ __forceinline__ void patch_store_transposed(u32 patch, int chunk, const float* v) {
-  int lane = threadIdx.x % 32, matrix = lane >> 3;
-  u32 at = patch_chunk_transposed(patch, (chunk + (matrix >> 1)) * 8 + (lane & 7), matrix & 1);
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
-               "r"(pack(v[0], v[1])), "r"(pack(v[2], v[3])), "r"(pack(v[4], v[5])),
-               "r"(pack(v[6], v[7])) : "memory");
-}
-
-__device__ __forceinline__ uint4 patch_load(u32 at) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
-  return v;
-}
-
 #if H_STEPS
 // Pre-activations of the tile in the ring, whose stages begin with stage number `turn`: the warp's
 // 16 rows, and 16 columns from `column`, as patch_store() takes them.
@@ -421,8 +231,8 @@ __device__ __forceinline__ void ring_h(u32* h, u32 base, int turn, int warp_row,
 #endif
 
 // ---- The kernel ----
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CONSUMERS + PRODUCERS, 1)
-    hexa_grouped(
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
+    __launch_bounds__(CONSUMERS + PRODUCERS, 1) hexa_grouped(
     const __grid_constant__ TensorMap b_map,
 #if A_BULK
     const __grid_constant__ TensorMap a_map, const u16*,
@@ -450,7 +260,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
   u32 full = base + SHARED_BARRIERS, empty = full + STAGES * 8;
   Table table;
   table.begin = (int*)(shared + SHARED_TABLE);
-  table.tiles = table.begin + p.num_experts + 1;
+  table.order = table.begin + p.num_experts + 1;
+  table.tiles = table.order + p.num_experts;
   table.parts = table.tiles + p.num_experts + 1;
   int rank = blockIdx.x % CLUSTER;
   if (threadIdx.x == 0) {
@@ -493,16 +304,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
 #if H_STEPS
         if (step >= steps) {
           int h_chunk = producer & 15, h_line = producer >> 4;
-          u64 width = p.n * (1 + GATED);
           int column = tile.n0 * (1 + GATED) + (step - steps) * H_COLUMNS + h_chunk * 8;
-          bool valid_column = h_chunk * 8 < H_COLUMNS && column < (int)width;
-          const u16* source = pre_activation + (u64)(tile.first + h_line) * width + column;
+          bool valid_column = h_chunk * 8 < H_COLUMNS && column < (int)p.n * (1 + GATED);
+          const u16* source = pre_activation + (u64)(tile.first + h_line) * p.h_stride + column;
 #pragma unroll 8
           for (int i = 0; i < BM / (PRODUCERS / 16); ++i) {
             int row = h_line + PRODUCERS / 16 * i;
             bool valid = valid_column && row < tile.len;
             copy16(stage + row * 256 + ((h_chunk ^ (row & 7)) << 4),
-                   valid ? source + (u64)(PRODUCERS / 16 * i) * width : a, valid);
+                   valid ? source + (u64)(PRODUCERS / 16 * i) * p.h_stride : a, valid);
           }
           if (producer == 0) barrier_arrive(full + s * 8);
           arrive_after_copies(full + s * 8);
@@ -556,7 +366,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
 #pragma unroll
         for (int i = 0; i < BM / LINES; ++i) {
           bool valid = valid_k && line + LINES * i < tile.len;
-          copy16(stage + place(line + LINES * i), a + (valid ? (u64)rows[i] * p.lda + k : 0), valid);
+          copy16(stage + place(line + LINES * i), a + (valid ? (u64)rows[i] * p.lda + k : 0),
+                 valid);
         }
 #endif
         arrive_after_copies(full + s * 8);
@@ -646,12 +457,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
       int row = warp_row + 4 * i + lane / 8;
       out_row[i] = row < tile.len ? source_row<OUT_SOURCE>(slots, tile.first + row) : -1;
     }
-    auto store_rows = [&](u16* to, u64 width, int column) {
+    auto store_rows = [&](u16* to, u64 stride, int width, int column) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint4 v = patch_load(patch_chunk(patch, 4 * i + lane / 8, lane % 8));
-        if (out_row[i] >= 0 && column + (lane % 8) * 8 < (int)width)
-          *(uint4*)(to + (u64)out_row[i] * width + column + (lane % 8) * 8) = v;
+        if (out_row[i] >= 0 && column + (lane % 8) * 8 < width)
+          *(uint4*)(to + (u64)out_row[i] * stride + column + (lane % 8) * 8) = v;
       }
     };
 #endif
@@ -696,7 +507,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
 #endif
       }
       __syncwarp();
-      u16* result = out + (u64)tile.expert * p.m * p.n;
+      u16* result = out + (u64)tile.expert * p.out_stride;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
 #if OUT_TRANSPOSED
@@ -720,7 +531,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
         patch_store(patch, j, v);
       }
       __syncwarp();
-      store_rows(out, p.n, column);
+      store_rows(out, p.n, p.n, column);
       __syncwarp();
 #if EPILOGUE == EPILOGUE_ACTIVATE && !GATED
 #pragma unroll
@@ -731,7 +542,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
         patch_store(patch, j, act);
       }
       __syncwarp();
-      store_rows(out2, p.n, column);
+      store_rows(out2, p.n, p.n, column);
       __syncwarp();
 #elif EPILOGUE == EPILOGUE_ACTIVATE
       // Two neighbouring columns make one.
@@ -777,7 +588,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
         patch_store(patch, j, to_h);
       }
       __syncwarp();
-      store_rows(out, p.n, column);
+      store_rows(out, p.h_stride, p.n, column);
       __syncwarp();
 #pragma unroll
       for (int j = 0; j < 8; j += 2) {
@@ -785,7 +596,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
         patch_store(patch, j, v);
       }
       __syncwarp();
-      store_rows(out2, p.n, column);
+      store_rows(out2, p.n, p.n, column);
       __syncwarp();
 #else
       // Two columns of the pre-activation for each one of the sums.
@@ -794,8 +605,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
         float* v = sums + j * 4;
         u32 h[4];
         ring_h(h, base, turn, warp_row, part * 128 + j * 16);
-        // h holds pairs (gate, up) of the sums' columns 8 * j + lane % 4 and 4 columns on. Those sums
-        // are with lane c / 2 of this lane's quad, as its element c % 2; lanes exchange them.
+        // h holds pairs (gate, up) of the sums' columns 8 * j + lane % 4 and 4 columns on. Those
+        // sums are with lane c / 2 of this lane's quad, as its element c % 2; lanes exchange them.
         int quad = lane & ~3, q = lane % 4;
         u32 pairs[4];
 #pragma unroll
@@ -818,15 +629,17 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
           }
           // Back to where the sums were.
           int first = quad + 2 * q % 4, second = quad + (2 * q + 1) % 4;
-          float a0 = __shfl_sync(~0u, weighted[0], first), a1 = __shfl_sync(~0u, weighted[0], second);
-          float b0 = __shfl_sync(~0u, weighted[1], first), b1 = __shfl_sync(~0u, weighted[1], second);
+          float a0 = __shfl_sync(~0u, weighted[0], first);
+          float a1 = __shfl_sync(~0u, weighted[0], second);
+          float b0 = __shfl_sync(~0u, weighted[1], first);
+          float b1 = __shfl_sync(~0u, weighted[1], second);
           v[half * 2] = q < 2 ? a0 : b0;
           v[half * 2 + 1] = q < 2 ? a1 : b1;
         }
         patch_store_pairs(patch, j % 4 * 2, pairs);
         if (j % 4 == 3) {
           __syncwarp();
-          store_rows(out, 2 * p.n, 2 * column + (j / 4) * 64);
+          store_rows(out, p.h_stride, 2 * p.n, 2 * column + (j / 4) * 64);
           __syncwarp();
         }
       }
@@ -836,7 +649,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(CON
         patch_store(patch, j, v);
       }
       __syncwarp();
-      store_rows(out2, p.n, column);
+      store_rows(out2, p.n, p.n, column);
       __syncwarp();
 #endif
     }

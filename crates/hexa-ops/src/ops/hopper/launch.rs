@@ -137,6 +137,8 @@ struct Extents {
     k: usize,
     chunk: usize,
     bias_stride: usize,
+    h_stride: usize,
+    out_stride: usize,
 }
 
 /// Puts a product into the queue. `others` are the buffers behind the index, in the text's order.
@@ -172,6 +174,8 @@ fn launch(
         extents.chunk,
         index.num_slots(),
         extents.bias_stride,
+        extents.h_stride,
+        extents.out_stride,
     ];
     let cubes = multiprocessors(a) / CLUSTER * CLUSTER;
     // SAFETY: callers pass the buffers of the variant's signature; all accesses are guarded by the
@@ -230,6 +234,7 @@ pub(super) fn prepared_rows(
 }
 
 /// Rows times their expert's matrix, with what follows.
+#[derive(Clone, Copy)]
 pub(super) struct Rows<'a> {
     /// Left operand, aligned.
     pub(super) a: &'a Tensor,
@@ -261,7 +266,7 @@ impl Rows<'_> {
         )
     }
 
-    /// Launches with `epilogue`, whose own buffers are `outputs`.
+    /// Launches with `epilogue`, whose own buffers are `outputs`, in the text's order.
     pub(super) fn launch(&self, epilogue: Epilogue, outputs: &[&Tensor]) {
         let columns = self.tile_columns();
         let variant = Variant {
@@ -293,6 +298,10 @@ impl Rows<'_> {
             n: self.width(),
             k: self.a.meta.shape()[1],
             bias_stride: self.bias.map_or(0, |bias| bias.meta.strides()[0]),
+            h_stride: match epilogue {
+                Epilogue::ActivateVjp(_) => outputs[0].meta.strides()[0],
+                _ => 0,
+            },
             ..Extents::default()
         };
         let map = tensor_map(self.w, box_rows);
@@ -364,6 +373,22 @@ pub(super) fn sums(
     out_transposed: bool,
 ) -> Tensor {
     let (m, n) = (gathered.meta.shape()[1], sorted.meta.shape()[1]);
+    let (rows, columns) = if out_transposed { (n, m) } else { (m, n) };
+    let out = empty(gathered, [index.num_experts, rows, columns], gathered.dtype);
+    sums_into(gathered, order, sorted, index, out_transposed, &out);
+    out
+}
+
+/// [`sums`] into `out`, whose matrices have contiguous rows one after the other.
+pub(super) fn sums_into(
+    gathered: &Tensor,
+    order: RowOrder,
+    sorted: &Tensor,
+    index: &RawExpertIndex<Tensor>,
+    out_transposed: bool,
+    out: &Tensor,
+) {
+    let (m, n) = (gathered.meta.shape()[1], sorted.meta.shape()[1]);
     let experts = index.num_experts;
     let num_slots = index.num_slots();
     let processors = multiprocessors(gathered);
@@ -387,26 +412,32 @@ pub(super) fn sums(
         is_f16: gathered.dtype == DType::F16,
         num_experts: experts,
     };
-    let shape = if out_transposed {
-        [experts, n, m]
-    } else {
-        [experts, m, n]
-    };
-    let out = empty(gathered, shape, gathered.dtype);
     let parts = split.map(|split| empty(gathered, [split.max_parts, m * n], DType::F32));
-    let others: Vec<&Tensor> = parts.iter().chain([&out]).collect();
+    let others: Vec<&Tensor> = parts.iter().chain([out]).collect();
     let extents = Extents {
         m,
         n,
         chunk: split.map_or(0, |split| split.chunk),
+        out_stride: out.meta.strides()[0],
         ..Extents::default()
     };
     let map = tensor_map(sorted, STAGE_DEPTH / 2);
     launch(variant, gathered, map, index, &others, extents);
     if let (Some(split), Some(parts)) = (split, parts) {
-        add_parts(&parts, split, &out, index, m * n);
+        add_parts(&parts, split, out, index, m * n);
     }
-    out
+}
+
+/// `len` elements of dimension `dim` from `start` on, in the same memory.
+pub(super) fn slice(tensor: &Tensor, dim: usize, start: usize, len: usize) -> Tensor {
+    let mut slice = tensor.clone();
+    let bytes = start * tensor.meta.strides()[dim] * tensor.dtype.size();
+    slice.handle = slice.handle.offset_start(bytes as u64);
+    let mut shape = tensor.meta.shape().clone();
+    shape[dim] = len;
+    let strides = tensor.meta.strides().clone();
+    *slice.meta = Metadata::new(shape, strides);
+    slice
 }
 
 fn add_parts(
@@ -430,7 +461,9 @@ fn add_parts(
             &out.client,
             (cubes as u32, index.num_experts as u32),
             arguments,
-            vec![elements as u64, split.chunk as u64],
+            [elements, split.chunk, out.meta.strides()[0]]
+                .map(|n| n as u64)
+                .to_vec(),
         );
     }
 }

@@ -51,6 +51,25 @@ pub(super) fn sorts_rows(d_ff: usize) -> bool {
     d_ff >= SORTED_WIDTH
 }
 
+/// Columns of one piece of the activation's gradient, whose weighted activations are then summed to
+/// their piece of the second weights' gradient and forgotten.
+///
+/// Two pieces halve the largest buffer of the backward pass. They pay where that pass needs the most
+/// memory (with more choices per token it is the forward pass), where slots outnumber the weights'
+/// rows, and where each piece is made of whole tiles.
+pub(super) fn gradient_piece(
+    (num_slots, top_k): (usize, usize),
+    num_experts: usize,
+    d_model: usize,
+    d_ff: usize,
+) -> usize {
+    if top_k == 1 && num_slots > num_experts * d_model && d_ff.is_multiple_of(2 * TILE_COLUMNS[0]) {
+        d_ff / 2
+    } else {
+        d_ff
+    }
+}
+
 /// How sums over an expert's rows are cut, so that one expert with most of the rows keeps the
 /// device busy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,8 +83,9 @@ pub(super) struct SumSplit {
 /// The cut, or none where one expert's tiles suffice. A function of shapes alone: sums are
 /// reproducible.
 ///
-/// A part holds twice the rows of an average expert, so that balanced routing needs no parts, and
-/// all parts together take at most `num_experts` results in f32.
+/// A part holds half again the rows of an average expert, so that balanced routing needs no parts,
+/// and all parts together take at most 4/3 `num_experts` results in f32. Nothing is cut if one
+/// expert's tiles occupy most of the device.
 pub(super) fn sum_split(
     num_slots: usize,
     num_experts: usize,
@@ -74,11 +94,11 @@ pub(super) fn sum_split(
     multiprocessors: usize,
 ) -> Option<SumSplit> {
     let tiles = m.div_ceil(CLUSTER * TILE_ROWS) * CLUSTER * n.div_ceil(TILE_COLUMNS[0]);
-    if num_experts < 2 || 2 * tiles >= 3 * multiprocessors {
+    if num_experts < 2 || 4 * tiles >= 3 * multiprocessors {
         return None;
     }
-    let chunk = (2 * num_slots)
-        .div_ceil(num_experts)
+    let chunk = (3 * num_slots)
+        .div_ceil(2 * num_experts)
         .next_multiple_of(STAGE_DEPTH);
     // Each cut expert has more than `chunk` rows, and at most one part that is not full.
     let full = num_slots / chunk;
@@ -132,6 +152,15 @@ mod tests {
     fn wide_results_and_single_experts_are_not_cut() {
         assert_eq!(sum_split(8192, 8, 4096, 14_336, 132), None);
         assert_eq!(sum_split(8192, 1, 64, 64, 132), None);
+        assert_eq!(sum_split(4608, 8, 1024, 4096, 132), None);
         assert!(sum_split(18_432, 8, 384, 1536, 132).is_some());
+    }
+
+    #[test]
+    fn pieces_are_whole_tiles_of_layers_with_many_slots() {
+        assert_eq!(gradient_piece((18_432, 1), 8, 384, 1536), 768);
+        assert_eq!(gradient_piece((18_432, 1), 8, 384, 1500), 1500);
+        assert_eq!(gradient_piece((36_864, 2), 8, 384, 1536), 1536);
+        assert_eq!(gradient_piece((16_384, 1), 8, 4096, 14_336), 14_336);
     }
 }

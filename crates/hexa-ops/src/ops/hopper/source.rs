@@ -2,6 +2,9 @@
 
 use crate::types::{Activation, RowOrder};
 
+/// Text of what the matrix products are made of.
+const INSTRUCTIONS: &str = include_str!("instructions.cu");
+
 /// Text of the matrix products.
 const GROUPED: &str = include_str!("grouped.cu");
 
@@ -30,7 +33,10 @@ pub(super) const MAX_EXPERTS: usize = 512;
 pub(super) const STAGE_DEPTH: usize = 64;
 
 /// Changes whenever the text does, so that a cache of compiled kernels cannot serve an older one.
-pub(super) const TEXT_HASH: u64 = fnv1a(FINISH.as_bytes(), fnv1a(GROUPED.as_bytes(), FNV_OFFSET));
+pub(super) const TEXT_HASH: u64 = {
+    let hash = fnv1a(INSTRUCTIONS.as_bytes(), FNV_OFFSET);
+    fnv1a(FINISH.as_bytes(), fnv1a(GROUPED.as_bytes(), hash))
+};
 
 const FNV_OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
 
@@ -109,7 +115,7 @@ impl Variant {
     /// Bytes of dynamic shared memory: stages, eight patches, barriers and the tile table.
     pub(super) fn shared_bytes(&self) -> usize {
         let stage = (TILE_ROWS + self.columns) * STAGE_DEPTH * 2;
-        let table = (3 * 4 * (self.num_experts + 1)).next_multiple_of(1024);
+        let table = (4 * 4 * (self.num_experts + 1)).next_multiple_of(1024);
         self.stages() * (stage + 16) + 8 * PATCH_BYTES + table
     }
 
@@ -167,7 +173,7 @@ impl Variant {
             first_is_k(transposed),
             self.is_f16,
         );
-        defines.0 + &wgmma + GROUPED
+        defines.0 + &wgmma + INSTRUCTIONS + GROUPED
     }
 }
 

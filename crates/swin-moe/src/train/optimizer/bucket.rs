@@ -1,5 +1,7 @@
 //! Which parameter lies where in which flat bucket, and the update of a bucket.
 
+use std::collections::HashMap;
+
 use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData};
 
@@ -111,12 +113,12 @@ impl Layout {
             .collect()
     }
 
-    /// The parameters' flat values out of the buckets, one per slot in order.
-    pub(super) fn slices<B: Backend>(&self, buckets: &[Bucket<B>]) -> Vec<Tensor<B, 1>> {
+    /// The parameters' flat values out of the buckets', one per slot in order.
+    pub(super) fn slices<B: Backend>(&self, buckets: &[Tensor<B, 1>]) -> Vec<Tensor<B, 1>> {
         self.slots
             .iter()
             .map(|slot| {
-                let flat = buckets[slot.bucket].params.clone();
+                let flat = buckets[slot.bucket].clone();
                 if flat.dims()[0] == slot.len() {
                     flat
                 } else {
@@ -124,6 +126,15 @@ impl Layout {
                 }
             })
             .collect()
+    }
+
+    /// As [`Layout::slices`], by the parameters' names.
+    pub(super) fn named_slices<B: Backend>(
+        &self,
+        buckets: &[Tensor<B, 1>],
+    ) -> HashMap<String, Tensor<B, 1>> {
+        let names = self.slots.iter().map(|slot| slot.name.clone());
+        names.zip(self.slices(buckets)).collect()
     }
 
     /// Takes one kind of moment of a bucket's parameters out of a checkpoint's tensors.
@@ -158,17 +169,34 @@ pub(super) struct Bucket<B: Backend> {
     params: Tensor<B, 1>,
     first: Tensor<B, 1>,
     second: Tensor<B, 1>,
+    /// Moving average of the parameters.
+    average: Option<Tensor<B, 1>>,
     decay: bool,
 }
 
 impl<B: Backend> Bucket<B> {
-    pub(super) fn new(params: Tensor<B, 1>, decay: bool) -> Self {
+    pub(super) fn new(params: Tensor<B, 1>, decay: bool, averages: bool) -> Self {
         Bucket {
             first: params.zeros_like(),
             second: params.zeros_like(),
+            average: averages.then(|| params.clone()),
             params,
             decay,
         }
+    }
+
+    pub(super) fn params(&self) -> Tensor<B, 1> {
+        self.params.clone()
+    }
+
+    pub(super) fn average(&self) -> Option<Tensor<B, 1>> {
+        self.average.clone()
+    }
+
+    pub(super) fn set_average(&mut self, average: Vec<f32>) {
+        let len = average.len();
+        let data = TensorData::new(average, [len]);
+        self.average = Some(Tensor::from_data(data, &self.params.device()));
     }
 
     pub(super) fn first(&self) -> Tensor<B, 1> {
@@ -194,6 +222,7 @@ impl<B: Backend> Bucket<B> {
     /// ```text
     /// m ← β₁ m + (1 − β₁) g          v ← β₂ v + (1 − β₂) g²
     /// p ← (1 − lr·wd) p − lr / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε)
+    /// a ← d a + (1 − d) p             the moving average, if there is one
     /// ```
     pub(super) fn updated(
         self,
@@ -223,10 +252,16 @@ impl<B: Backend> Bucket<B> {
         } else {
             self.params
         };
+        let params = params - update;
+        let average = self.average.map(|average| {
+            let decay = config.ema_decay_at(step as u64);
+            average.mul_scalar(decay) + params.clone().mul_scalar(1.0 - decay)
+        });
         Bucket {
-            params: params - update,
+            params,
             first,
             second,
+            average,
             decay: self.decay,
         }
     }

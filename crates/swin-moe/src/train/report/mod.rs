@@ -72,6 +72,7 @@ pub fn render(facts: &Facts, records: &[Record]) -> String {
     }
     html.push_str("</section>");
     html.push_str(&expert_section(&steps, &evals));
+    html.push_str(&class_table(&evals));
     html.push_str("<h2>Run</h2><table class=\"facts\">");
     for (label, value) in &facts.lines {
         let _ = write!(
@@ -276,9 +277,33 @@ fn load_table(eval: &EvalRecord) -> String {
     html + "</table></div>"
 }
 
+/// The classes that the last evaluation found hardest.
+fn class_table(evals: &[&EvalRecord]) -> String {
+    let Some(eval) = evals.last().filter(|eval| !eval.worst_classes.is_empty()) else {
+        return String::new();
+    };
+    let mut html = format!(
+        "<h2>Least accurate classes, epoch {}</h2><div class=\"scroll\"><table><tr><th>class</th>\
+         <th>top-1</th><th>images</th><th>mistaken for</th></tr>",
+        eval.epoch
+    );
+    for score in &eval.worst_classes {
+        let _ = write!(
+            html,
+            "<tr><th>{}</th><td>{:.2} %</td><td>{}</td><td>{}</td></tr>",
+            escape(&score.class),
+            score.top1,
+            score.images,
+            escape(&score.mistakes())
+        );
+    }
+    html + "</table></div>"
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::classes::ClassScore;
 
     fn records() -> Vec<Record> {
         let layers = |i: u64| {
@@ -316,6 +341,12 @@ mod tests {
             train_ce_loss: 0.6,
             train_aux_loss: 0.01,
             layers: layers(0),
+            worst_classes: vec![ClassScore {
+                class: "six & nine".to_owned(),
+                images: 31,
+                top1: 61.25,
+                mistaken_for: vec![("eight".to_owned(), 7)],
+            }],
         }));
         records
     }
@@ -338,6 +369,7 @@ mod tests {
             "87.50 %",
             "expert 2",
             "<th>back-end</th><td>cpu</td>",
+            "six &amp; nine</th><td>61.25 %</td><td>31</td><td>eight (7)",
         ] {
             assert!(page.contains(part), "{part} is missing");
         }

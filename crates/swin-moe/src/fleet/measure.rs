@@ -1,0 +1,223 @@
+//! Measuring ranks and links on a model of the run's own settings.
+
+use burn::module::{Module, Param};
+use burn::tensor::backend::Backend;
+use burn::tensor::{Distribution, Int, Tensor};
+use hexa_moe::parallel::comm::local;
+use hexa_moe::parallel::fleet::{self, Calibration, Fleet, FleetError, MeasuredStep};
+use hexa_moe::parallel::{Communicator, ParallelContext};
+use hexa_ops::TrainingBackend;
+
+use super::{FleetJobError, workload};
+use crate::backend::{BackendKind, Job, dispatch};
+use crate::memory::{Held, check_fits, machine_bytes};
+use crate::model::block::FeedForward;
+use crate::model::{ModelError, SwinMoe, SwinMoeConfig};
+use crate::train::optimizer::{AdamW, AdamWConfig};
+use crate::train::{Targets, cross_entropy};
+
+/// What is measured.
+#[derive(Debug, Clone)]
+pub struct CalibrateRequest {
+    /// The model.
+    pub model: SwinMoeConfig,
+    /// Samples of a step, all ranks together.
+    pub batch: usize,
+    /// The back-end of each rank.
+    pub backends: Vec<BackendKind>,
+    /// Bytes that each rank may use; without it, the machine's memory in equal parts for ranks on
+    /// the CPU, and unknown elsewhere.
+    pub memory_bytes: Option<u64>,
+    /// Seconds for each measurement.
+    pub seconds: f64,
+}
+
+/// Measures ranks that are threads of this process.
+///
+/// # Errors
+/// [`FleetJobError`] if a back-end cannot be used, or a rank fails.
+pub fn calibrate(request: &CalibrateRequest) -> Result<Fleet, FleetJobError> {
+    let ranks: Vec<_> = local::world(request.backends.len())
+        .into_iter()
+        .map(|comm| {
+            let request = request.clone();
+            std::thread::spawn(move || calibrate_rank(comm, "local", &request))
+        })
+        .collect();
+    let outcomes = ranks.into_iter().enumerate().map(|(rank, thread)| {
+        let joined = thread.join();
+        joined.unwrap_or(Err(FleetJobError::Panicked { rank }))
+    });
+    let outcomes: Vec<_> = outcomes.collect();
+    // A rank that fails takes the others with it; what they say is that it is gone.
+    let is_cause = |outcome: &Result<Fleet, FleetJobError>| {
+        !matches!(
+            outcome,
+            Ok(_)
+                | Err(FleetJobError::Fleet(FleetError::Moe(
+                    hexa_moe::MoeError::Comm(_)
+                )))
+        )
+    };
+    let cause = outcomes.iter().position(is_cause).unwrap_or(0);
+    outcomes.into_iter().nth(cause).unwrap_or_else(|| {
+        Err(FleetError::Ranks {
+            fleet: 0,
+            wanted: 1,
+        }
+        .into())
+    })
+}
+
+/// Measures as one rank of a job, whatever its engine; all ranks call it together and return the
+/// same fleet.
+///
+/// # Errors
+/// [`FleetJobError`] if the back-end cannot be used, this rank or another fails, or the request is
+/// for another number of ranks.
+pub fn calibrate_rank(
+    comm: impl Communicator + 'static,
+    engine: &str,
+    request: &CalibrateRequest,
+) -> Result<Fleet, FleetJobError> {
+    let rank = comm.rank();
+    if comm.world_size() != request.backends.len() {
+        return Err(FleetJobError::Fleet(FleetError::Ranks {
+            fleet: request.backends.len(),
+            wanted: comm.world_size(),
+        }));
+    }
+    let workload = &workload(&request.model, request.batch)?;
+    let backend = request.backends[rank];
+    let context = ParallelContext::new(comm);
+    let on_cpu = backend == BackendKind::Cpu;
+    if on_cpu {
+        check_fits(&request.model, Held::Parameters, 1)?;
+    }
+    let equal_part = || machine_bytes().map(|bytes| bytes / request.backends.len() as u64);
+    let all = request.batch;
+    let mut batches = vec![all.div_ceil(4), all.div_ceil(2), all];
+    batches.dedup();
+    let job = MeasureJob {
+        calibration: Calibration {
+            workload,
+            batches,
+            seconds: request.seconds,
+            name: format!("rank{rank}"),
+            backend: backend.name().to_owned(),
+            memory_bytes: request
+                .memory_bytes
+                .or_else(|| equal_part().filter(|_| on_cpu)),
+            engine: engine.to_owned(),
+        },
+        context: &context,
+        model: &request.model,
+    };
+    dispatch(backend, job).map_err(|error| FleetJobError::Backend { rank, error })?
+}
+
+struct MeasureJob<'a> {
+    calibration: Calibration<'a>,
+    context: &'a ParallelContext,
+    model: &'a SwinMoeConfig,
+}
+
+impl Job for MeasureJob<'_> {
+    type Output = Result<Fleet, FleetJobError>;
+
+    fn run<B: TrainingBackend>(self, device: &B::Device) -> Self::Output {
+        let mut step = ModelStep::<B>::new(self.model, device)?;
+        let fleet = fleet::calibrate::<B>(self.context, device, &self.calibration, &mut step)?;
+        Ok(fleet)
+    }
+}
+
+/// Hidden units of the experts where all else is measured.
+const NARROW: usize = 8;
+
+/// Elements that the update is measured on.
+const UPDATED: usize = 1 << 20;
+
+/// A tensor to be updated.
+#[derive(Module, Debug)]
+struct Weights<B: Backend> {
+    values: Param<Tensor<B, 2>>,
+}
+
+/// The model with narrow experts, and an optimizer.
+struct ModelStep<B: TrainingBackend> {
+    model: SwinMoe<B>,
+    weights: Weights<B>,
+    optimizer: AdamW<B>,
+    device: B::Device,
+}
+
+impl<B: TrainingBackend> ModelStep<B> {
+    fn new(config: &SwinMoeConfig, device: &B::Device) -> Result<Self, ModelError> {
+        let mut model = config.init::<B>(device)?;
+        for block in model.layers.iter_mut().flat_map(|stage| &mut stage.blocks) {
+            if let FeedForward::Moe(moe) = &block.mlp {
+                let layer = config.moe_layer(moe.d_model, NARROW);
+                block.mlp = FeedForward::Moe(layer.init(device).map_err(ModelError::from)?);
+            }
+        }
+        let weights = Weights {
+            values: Param::from_tensor(Tensor::ones([1024, UPDATED / 1024], device)),
+        };
+        let config = AdamWConfig {
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.1,
+            clip_grad_norm: 3.0,
+            ema_decay: 0.0,
+        };
+        Ok(Self {
+            optimizer: AdamW::new(config, &weights),
+            model,
+            weights,
+            device: device.clone(),
+        })
+    }
+
+    fn synchronise(&self) -> Result<(), String> {
+        B::sync(&self.device).map_err(|error| format!("{error:?}"))
+    }
+}
+
+impl<B: TrainingBackend> MeasuredStep for ModelStep<B> {
+    fn expert_units(&self) -> usize {
+        NARROW
+    }
+
+    fn forward_backward(&mut self, samples: usize) -> Result<(), String> {
+        let config = self.model.config();
+        let shape = [
+            samples,
+            config.in_chans,
+            config.image_size,
+            config.image_size,
+        ];
+        let images = Tensor::random(shape, Distribution::Normal(0.0, 1.0), &self.device);
+        let targets = Targets {
+            labels: Tensor::<B, 1, Int>::zeros([samples], &self.device),
+            mixed: None,
+        };
+        let output = self.model.forward(images).map_err(|e| e.to_string())?;
+        let loss = cross_entropy(output.logits, targets, 0.1) + output.aux_loss;
+        let gradients = loss.backward();
+        self.synchronise()?;
+        drop(gradients);
+        Ok(())
+    }
+
+    fn update(&mut self) -> Result<u64, String> {
+        // Its gradient is a constant, which takes next to nothing beside the update.
+        let gradients = self.weights.values.val().sum().backward();
+        let gradients = self.optimizer.gradients(&self.weights, gradients);
+        let gradients = gradients.map_err(|e| e.to_string())?;
+        self.weights = self.optimizer.step(self.weights.clone(), gradients, 1e-3).0;
+        self.synchronise()?;
+        Ok(UPDATED as u64)
+    }
+}

@@ -395,7 +395,7 @@ fn over_nccl(comm: MpiCommunicator) -> Result<(), String> {
     nccl_collectives::on_host(&comm).map_err(|e| e.to_string())?;
     nccl_collectives::on_device(&comm).map_err(|e| e.to_string())?;
     let comm = Shared(Arc::new(comm));
-    for case in &equivalence::cases_without_empty_ranks(comm.world_size()) {
+    for case in &shared::cases_without_empty_ranks(comm.world_size()) {
         let case = equivalence::Case {
             tolerance: 1e-4,
             ..case.clone()

@@ -33,3 +33,12 @@ impl<C: Communicator> Communicator for Shared<C> {
         self.0.takes(tensor)
     }
 }
+
+/// Those cases in which every rank has tokens and a slice: Burn's own operations fail on CUDA for
+/// tensors without elements.
+#[cfg(feature = "nccl")]
+pub fn cases_without_empty_ranks(ranks: usize) -> Vec<crate::equivalence::Case> {
+    let mut cases = crate::equivalence::cases(ranks);
+    cases.retain(|case| !case.tokens.contains(&0) && !case.split.contains(&0.0));
+    cases
+}

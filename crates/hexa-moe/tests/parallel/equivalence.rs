@@ -450,14 +450,6 @@ pub fn cases(ranks: usize) -> Vec<Case> {
     cases
 }
 
-/// Those in which every rank has tokens and a slice.
-#[allow(dead_code, reason = "for tests on GPUs")]
-pub fn cases_without_empty_ranks(ranks: usize) -> Vec<Case> {
-    let mut cases = cases(ranks);
-    cases.retain(|case| !case.tokens.contains(&0) && !case.split.contains(&0.0));
-    cases
-}
-
 impl<B: Backend> Forward<B> {
     /// A loss of everything.
     pub fn loss(self) -> Tensor<B, 1> {

@@ -155,6 +155,13 @@ impl Engine {
                 Header::new(tensor, &Collective::OnDevice(collective.clone()))
             }
         };
+        let total = header.counts.iter().sum();
+        let reserved = self.gpu.reserve(total, matches!(task, Task::OnHost(_)));
+        if let Err(error) = reserved {
+            // The others must not wait for this rank.
+            self.bootstrap.leave();
+            return Err(self.give_up(error));
+        }
         let announcement = Collective::Announce(Announcement(header));
         self.bootstrap.start(tensor, announcement).wait()?;
         match task {
@@ -246,7 +253,7 @@ impl Engine {
 
     /// Puts the elements in place and starts the transfer; returns where the result will be.
     fn start(&mut self, step: &Move, source: Source) -> Result<core::ops::Range<usize>, GpuError> {
-        let (rank, size) = (self.bootstrap.rank(), self.bootstrap.world_size());
+        let rank = self.bootstrap.rank();
         let total = match step {
             Move::AllGather(counts) | Move::ReduceScatter(counts) => counts.iter().sum(),
             Move::AllReduce(len) | Move::Broadcast { len, .. } => *len,
@@ -254,26 +261,25 @@ impl Engine {
         if total == 0 {
             return Ok(0..0);
         }
-        debug_assert!(rank < size);
         match step {
             Move::AllGather(counts) => {
-                self.gpu.load(total, part(counts, rank), source)?;
+                self.gpu.load(part(counts, rank), source)?;
                 self.gpu.all_gather(counts, rank)?;
                 Ok(0..total)
             }
             Move::ReduceScatter(counts) => {
-                self.gpu.load(total, 0..total, source)?;
+                self.gpu.load(0..total, source)?;
                 self.gpu.reduce_scatter(counts, rank)?;
                 Ok(part(counts, rank))
             }
             Move::AllReduce(_) => {
-                self.gpu.load(total, 0..total, source)?;
+                self.gpu.load(0..total, source)?;
                 self.gpu.all_reduce(total)?;
                 Ok(0..total)
             }
             Move::Broadcast { root, .. } => {
                 let own = if rank == *root { 0..total } else { 0..0 };
-                self.gpu.load(total, own, source)?;
+                self.gpu.load(own, source)?;
                 self.gpu.broadcast(0, total, *root)?;
                 Ok(0..total)
             }

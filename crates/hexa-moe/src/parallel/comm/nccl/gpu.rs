@@ -206,19 +206,28 @@ impl Gpu {
         self.stream.cast()
     }
 
-    /// Makes room for `total` elements and puts `source` at `place`.
-    pub(super) fn load(&mut self, total: usize, place: Range<usize>, source: Source) -> Result<()> {
+    /// Makes room for `total` elements, here and, if they come from the host or go there, in
+    /// page-locked memory. CUDA may wait for all devices of the process when it allocates, so that no
+    /// rank may wait for this one in NCCL meanwhile.
+    pub(super) fn reserve(&mut self, total: usize, on_host: bool) -> Result<()> {
         self.device_memory.reserve(total * ELEMENT)?;
+        if on_host {
+            self.host_memory.reserve(total * ELEMENT)?;
+        }
+        Ok(())
+    }
+
+    /// Puts `source` at `place`, for which there is room.
+    pub(super) fn load(&mut self, place: Range<usize>, source: Source) -> Result<()> {
         let bytes = place.len() * ELEMENT;
         if bytes == 0 {
             return Ok(());
         }
         let target = self.at(place.start);
         if let Source::Host(data) = source {
-            self.host_memory.reserve(bytes)?;
             self.host_memory.host(bytes).copy_from_slice(data);
         }
-        // SAFETY: the target was just made large enough, sources have as many bytes, and both stay
+        // SAFETY: room was made for the target, sources have as many bytes, and both stay
         // until the stream was waited for.
         unsafe {
             match source {
@@ -239,12 +248,6 @@ impl Gpu {
     pub(super) fn start_store(&mut self, place: Range<usize>) -> Result<()> {
         let bytes = place.len() * ELEMENT;
         let source = self.at(place.start);
-        if bytes > self.host_memory.bytes {
-            // What was loaded may still be on its way.
-            // SAFETY: the stream is this struct's own.
-            unsafe { cuda::stream::synchronize(self.stream)? };
-            self.host_memory.reserve(bytes)?;
-        }
         if bytes > 0 {
             // SAFETY: both have that many bytes, and stay until the stream was waited for.
             unsafe {

@@ -9,7 +9,6 @@ use hexa_ops::backend::{FfnExecutor, FfnGrads, FfnInputs, FfnNeeds, FfnWeights};
 
 use super::super::comm::Communicator;
 use super::super::context::ExpertParallel;
-use super::super::executor::write_slices;
 use super::super::{data_centric, host, model_centric, transfer};
 use crate::error::{MoeError, Result};
 

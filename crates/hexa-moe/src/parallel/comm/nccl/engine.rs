@@ -16,6 +16,10 @@ use crate::parallel::comm::{
 };
 
 /// What the rank wants of its thread.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "orders are few, and each lives for one collective"
+)]
 pub(super) enum Order {
     Run {
         tensor: String,
@@ -26,6 +30,10 @@ pub(super) enum Order {
 }
 
 /// A collective with its data.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "tasks are few, and each lives for one collective"
+)]
 pub(super) enum Task {
     OnHost(Collective),
     OnDevice {
@@ -181,18 +189,18 @@ impl Engine {
         let empty = Payload::F32(Vec::new());
         match collective {
             Collective::AllGatherV { data, counts } => {
-                self.to_host(tensor, &Move::AllGather(&counts), Some(data))
+                self.run_from_host(tensor, &Move::AllGather(&counts), Some(data))
             }
             Collective::ReduceScatterV { data, counts } => {
                 let data = data.filter(|data| !data.is_empty()).map(Payload::F32);
-                self.to_host(tensor, &Move::ReduceScatter(&counts), data)
+                self.run_from_host(tensor, &Move::ReduceScatter(&counts), data)
             }
             Collective::AllReduce { data } => {
                 let step = Move::AllReduce(data.len());
-                self.to_host(tensor, &step, Some(Payload::F32(data)))
+                self.run_from_host(tensor, &step, Some(Payload::F32(data)))
             }
             Collective::Broadcast { data, root, len } => {
-                self.to_host(tensor, &Move::Broadcast { root, len }, Some(data))
+                self.run_from_host(tensor, &Move::Broadcast { root, len }, Some(data))
             }
             // The announcement was all of it.
             Collective::Barrier | Collective::Announce(_) | Collective::OnDevice(_) => Ok(empty),
@@ -200,7 +208,12 @@ impl Engine {
     }
 
     /// `None` for zeros, of floats.
-    fn to_host(&mut self, tensor: &str, step: &Move, data: Option<Payload>) -> CommResult<Payload> {
+    fn run_from_host(
+        &mut self,
+        tensor: &str,
+        step: &Move,
+        data: Option<Payload>,
+    ) -> CommResult<Payload> {
         let source = match &data {
             Some(Payload::F32(data)) => Source::Host(bytemuck::cast_slice(data)),
             Some(Payload::U32(data)) => Source::Host(bytemuck::cast_slice(data)),

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::Tensor;
-use burn::tensor::backend::Backend;
+use burn::tensor::backend::{Backend, Device, DeviceId};
 use hexa_ops::{ExpertOps, TrainingBackend, supports_precision};
 use serde::{Deserialize, Serialize};
 
@@ -177,6 +177,26 @@ fn run_on<B: hexa_ops::ExpertKernels, J: Job>(
         },
     })?;
     Ok(job.run::<burn::backend::Autodiff<B>>(&device))
+}
+
+/// The devices of which ranks of one process can have one each: all GPUs of the best kind there
+/// is, or the processor, once.
+pub fn devices<B: Backend>(kind: BackendKind, default: &B::Device) -> Vec<B::Device> {
+    // Discrete, integrated, virtual, as the devices' types are numbered; NVIDIA's are all of one.
+    let types = match kind {
+        BackendKind::Cpu => 0..0,
+        BackendKind::Cuda => 0..1,
+        BackendKind::Wgpu => 0..3,
+    };
+    let found = types.into_iter().find_map(|type_id| {
+        let count = B::device_count(type_id);
+        (count > 0).then(|| {
+            (0..count)
+                .map(|index| B::Device::from_id(DeviceId::new(type_id, index as u16)))
+                .collect()
+        })
+    });
+    found.unwrap_or_else(|| vec![default.clone()])
 }
 
 /// Opens the default device and has it add two numbers.

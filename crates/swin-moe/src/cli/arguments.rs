@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::backend::BackendKind;
-use crate::config::Precision;
+use crate::config::{Engine, Mode, Precision};
+use crate::train::ParallelOverrides;
 
 /// Swin Transformer with Mixture-of-Experts layers: training and what goes with it.
 #[derive(Parser)]
@@ -64,6 +65,37 @@ pub(super) struct Train {
     /// Continue the run in this directory as if it had never stopped.
     #[arg(long, value_name = "RUN_DIR")]
     pub(super) resume: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) parallel: Parallel,
+}
+
+/// Ranks; each replaces a key of [parallel].
+#[derive(Args)]
+#[command(next_help_heading = "Several devices")]
+pub(super) struct Parallel {
+    /// Ranks that work together: threads of this process, one GPU each or sharing the processor.
+    #[arg(long, value_name = "N")]
+    pub(super) ranks: Option<usize>,
+    /// What ranks are: local (threads) or mpi (processes that mpirun has started).
+    #[arg(long, value_enum)]
+    pub(super) engine: Option<Engine>,
+    /// What Mixture-of-Experts layers move between ranks: data (weights) or model (tokens).
+    #[arg(long, value_enum)]
+    pub(super) mode: Option<Mode>,
+    /// Weight of each rank's share, as in 5,2,1; equal without it.
+    #[arg(long, value_name = "W,W,…", value_delimiter = ',')]
+    pub(super) split: Option<Vec<f64>>,
+}
+
+impl Parallel {
+    pub(super) fn overrides(&self) -> ParallelOverrides {
+        ParallelOverrides {
+            ranks: self.ranks,
+            engine: self.engine,
+            mode: self.mode,
+            split: self.split.clone(),
+        }
+    }
 }
 
 /// A trained model: a run's directory or a checkpoint file.
@@ -94,6 +126,11 @@ pub(super) struct Eval {
     /// Where to compute: cpu, wgpu or cuda, of those compiled in.
     #[arg(long, default_value_t = BackendKind::Cpu)]
     pub(super) backend: BackendKind,
+    /// Images per step; the run's own without it.
+    #[arg(long, value_name = "N")]
+    pub(super) batch_size: Option<usize>,
+    #[command(flatten)]
+    pub(super) parallel: Parallel,
 }
 
 #[derive(Args)]

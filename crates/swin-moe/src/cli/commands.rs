@@ -32,11 +32,15 @@ pub(super) fn train(arguments: arguments::Train, faults: DeviceFaults) -> Result
             run,
             backend: arguments.backend,
             data: arguments.data,
+            parallel: arguments.parallel.overrides(),
+            plan: None,
             control,
         })?,
         None => crate::train::train(new_run(arguments, control)?)?,
     };
-    summarise(&outcome);
+    if outcome.is_lead {
+        summarise(&outcome);
+    }
     Ok(match outcome.end {
         End::Interrupted => Done::Interrupted,
         End::Finished | End::MaxSteps => Done::Success,
@@ -56,12 +60,14 @@ fn new_run(arguments: arguments::Train, control: Control) -> Result<TrainRequest
         );
         config.train.seed = seed;
     }
+    let config = arguments.parallel.overrides().apply(&config)?;
     let name = run_name(arguments.config.as_deref());
     Ok(TrainRequest {
         output: arguments.output.unwrap_or_else(|| default_output(&name)),
         name,
         config,
         backend: arguments.backend.unwrap_or(BackendKind::Cpu),
+        plan: None,
         control,
     })
 }
@@ -151,7 +157,10 @@ fn load_if_given(run: Option<PathBuf>, checkpoint: Option<PathBuf>) -> Result<Op
 pub(super) fn eval(arguments: arguments::Eval, faults: DeviceFaults) -> Result<Done> {
     let trained = load(arguments.model, arguments.precision, faults)?;
     let class_names = trained.state().class_names.clone();
-    let result = trained.evaluate(arguments.backend, arguments.data)?;
+    let trained = trained.with_parallel(&arguments.parallel.overrides(), arguments.batch_size)?;
+    let Some(result) = trained.evaluate(arguments.backend, arguments.data)? else {
+        return Ok(Done::Success);
+    };
     let tally = &result.tally;
     println!("experts' share of the test tokens, by layer:");
     print!("{}", load_table(&result.loads.loads()));

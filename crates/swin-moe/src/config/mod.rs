@@ -20,8 +20,8 @@ pub use raw::{
     RawAugment, RawCheckpoint, RawConfig, RawData, RawModel, RawMoe, RawParallel, RawTrain,
 };
 pub use types::{
-    AugmentConfig, AuxLoss, CheckpointConfig, Config, DataConfig, DataSource, MixConfig,
-    ModelConfig, MoeSettings, ParallelConfig, Precision, RandAugmentConfig, RouterKind,
+    AugmentConfig, AuxLoss, CheckpointConfig, Config, DataConfig, DataSource, Engine, MixConfig,
+    Mode, ModelConfig, MoeSettings, ParallelConfig, Precision, RandAugmentConfig, RouterKind,
     TrainConfig,
 };
 

@@ -3,7 +3,7 @@
 use hexa_ops::Activation;
 use serde::{Deserialize, Serialize};
 
-use super::types::{AuxLoss, Precision, RouterKind};
+use super::types::{AuxLoss, Engine, Mode, Precision, RouterKind};
 
 /// A configuration as it stands in a file; nothing is checked but names and types.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -316,12 +316,23 @@ impl Default for RawCheckpoint {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RawParallel {
-    /// Devices that train together.
+    /// Ranks that train together; with `engine = "mpi"`, 1 stands for as many as were started.
     pub ranks: usize,
+    /// What ranks are: `"local"` (threads) or `"mpi"` (processes under `mpirun`).
+    pub engine: Engine,
+    /// What the Mixture-of-Experts layers move: `"data"` (weights) or `"model"` (tokens).
+    pub mode: Mode,
+    /// Weight of each rank's share; empty for equal shares.
+    pub split: Vec<f64>,
 }
 
 impl Default for RawParallel {
     fn default() -> Self {
-        Self { ranks: 1 }
+        Self {
+            ranks: 1,
+            engine: Engine::Local,
+            mode: Mode::Data,
+            split: vec![],
+        }
     }
 }

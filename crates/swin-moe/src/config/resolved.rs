@@ -22,6 +22,9 @@ impl Config {
             checkpoint: self.checkpoint.to_raw(),
             parallel: RawParallel {
                 ranks: self.parallel.ranks,
+                engine: self.parallel.engine,
+                mode: self.parallel.mode,
+                split: self.parallel.split.clone().unwrap_or_default(),
             },
         }
     }

@@ -314,9 +314,38 @@ pub struct CheckpointConfig {
 }
 
 /// Devices.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct ParallelConfig {
-    /// Devices that train together.
+    /// Ranks that train together; with [`Engine::Mpi`], 1 stands for as many as were started.
     pub ranks: usize,
+    /// What ranks are.
+    pub engine: Engine,
+    /// What the Mixture-of-Experts layers move between ranks.
+    pub mode: Mode,
+    /// Weights of the ranks' shares: of the experts' hidden width, and in the data-centric mode of
+    /// each batch; `None` for equal ones.
+    pub split: Option<Vec<f64>>,
+}
+
+/// What ranks are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Engine {
+    /// Threads of one process.
+    #[default]
+    Local,
+    /// Processes started by `mpirun`.
+    Mpi,
+}
+
+/// What a layer moves between ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// Weights.
+    #[default]
+    Data,
+    /// Tokens.
+    Model,
 }

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use super::error::ConfigError;
 use super::raw::{RawCheckpoint, RawConfig, RawData, RawModel, RawMoe, RawParallel, RawTrain};
 use super::types::{
-    AuxLoss, CheckpointConfig, Config, DataConfig, DataSource, ModelConfig, MoeSettings,
+    AuxLoss, CheckpointConfig, Config, DataConfig, DataSource, Engine, ModelConfig, MoeSettings,
     ParallelConfig, TrainConfig,
 };
 
@@ -17,6 +17,8 @@ pub(super) type Result<T> = std::result::Result<T, ConfigError>;
 const MAX_STAGES: usize = 8;
 /// 64 GiB of f32 weights, an order of magnitude above the largest published model.
 const MAX_PARAMETERS: u128 = 1 << 34;
+/// Beyond this, announcements between all pairs of ranks cost more than the work.
+const MAX_RANKS: usize = 1024;
 /// Pixels of all channels of a batch: 8 GiB of f32.
 const MAX_BATCH_VALUES: u128 = 1 << 31;
 
@@ -553,14 +555,35 @@ impl RawCheckpoint {
 
 impl RawParallel {
     fn validate(&self) -> Result<ParallelConfig> {
-        if self.ranks != 1 {
+        let ranks = "give the number of devices, or of threads that share a processor";
+        within("parallel.ranks", self.ranks, 1..=MAX_RANKS, ranks)?;
+        let key = "parallel.split";
+        let started_by_mpi = self.engine == Engine::Mpi && self.ranks == 1;
+        if !self.split.is_empty() && !started_by_mpi && self.split.len() != self.ranks {
             return Err(ConfigError::value(
-                "parallel.ranks",
-                self.ranks,
-                "1",
-                "training on several devices is not supported yet",
+                key,
+                format!("{} numbers long", self.split.len()),
+                format!("{}, one for each of parallel.ranks", self.ranks),
+                "give one weight for each rank, or none for equal shares",
             ));
         }
-        Ok(ParallelConfig { ranks: self.ranks })
+        for (rank, &weight) in self.split.iter().enumerate() {
+            let key = format!("{key}[{rank}]");
+            within(&key, weight, 0.0..=1e6, "5, 2 and 1, say; 0 is no share")?;
+        }
+        if !self.split.is_empty() && self.split.iter().sum::<f64>() <= 0.0 {
+            return Err(ConfigError::value(
+                key,
+                "all zero",
+                "at least one weight above 0",
+                "somebody has to do the work",
+            ));
+        }
+        Ok(ParallelConfig {
+            ranks: self.ranks,
+            engine: self.engine,
+            mode: self.mode,
+            split: (!self.split.is_empty()).then(|| self.split.clone()),
+        })
     }
 }

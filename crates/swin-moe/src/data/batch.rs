@@ -1,5 +1,7 @@
 //! A batch of prepared images.
 
+use std::ops::Range;
+
 /// Prepared images with their labels, on the host.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Batch {
@@ -27,6 +29,24 @@ impl Batch {
     /// Number of images.
     pub fn len(&self) -> usize {
         self.labels.len()
+    }
+
+    /// The images of `range` alone.
+    pub(super) fn part(mut self, range: Range<usize>) -> Batch {
+        let values = self.images.len() / self.len().max(1);
+        let cut = |labels: &mut Vec<u32>| {
+            labels.truncate(range.end);
+            labels.drain(..range.start.min(labels.len()));
+        };
+        self.images.truncate(range.end * values);
+        self.images.drain(..range.start * values);
+        cut(&mut self.labels);
+        cut(&mut self.indices);
+        if let Some(partners) = &mut self.partners {
+            cut(partners);
+        }
+        self.shape[0] = self.len();
+        self
     }
 
     /// The batch in `parts` parts of consecutive images, as equal as possible; fewer if there are
@@ -62,7 +82,7 @@ impl Batch {
         cut
     }
 
-    /// Whether there is no image. The loader never delivers such a batch.
+    /// Whether there is no image. The loader delivers such a batch only as a rank's part.
     pub fn is_empty(&self) -> bool {
         self.labels.is_empty()
     }

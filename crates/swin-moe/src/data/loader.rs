@@ -1,8 +1,11 @@
 //! Batches, prepared ahead on worker threads, delivered in order.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
+
+use hexa_moe::parallel::split_proportional;
 
 use super::batch::Batch;
 use super::dataset::Dataset;
@@ -13,7 +16,7 @@ use super::random::{batch_stream, shuffled};
 const AHEAD: usize = 2;
 
 /// Which batches of which epoch.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct LoaderConfig {
     /// Images per batch.
     pub batch_size: usize,
@@ -29,6 +32,31 @@ pub struct LoaderConfig {
     pub drop_last: bool,
     /// Worker threads.
     pub workers: usize,
+    /// The part of each batch that is delivered, if not the whole of it.
+    pub part: Option<BatchPart>,
+}
+
+/// One rank's contiguous part of every batch, in proportion to the ranks' weights.
+///
+/// All positions are delivered, with batches that may be empty: ranks stay in step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BatchPart {
+    /// Weight of each rank's part; finite, not negative, not all zero.
+    pub weights: Arc<[f64]>,
+    /// This rank.
+    pub rank: usize,
+}
+
+impl BatchPart {
+    /// Which images of a batch of `len` images.
+    fn of(&self, len: usize) -> Result<Range<usize>, DataError> {
+        let counts =
+            split_proportional(len, &self.weights, 1).map_err(|error| DataError::Workers {
+                reason: error.to_string(),
+            })?;
+        let start = counts.iter().take(self.rank).sum();
+        Ok(start..start + counts.get(self.rank).copied().unwrap_or(0))
+    }
 }
 
 /// Number of batches in an epoch of `images` images.
@@ -52,6 +80,7 @@ pub struct Loader {
     start: usize,
     next: usize,
     end: usize,
+    delivers_empty: bool,
 }
 
 impl Loader {
@@ -91,6 +120,7 @@ impl Loader {
             start: config.start_batch,
             next: config.start_batch,
             end,
+            delivers_empty: config.part.is_some(),
         };
         for worker in 0..workers {
             let (sender, receiver) = sync_channel(AHEAD);
@@ -99,6 +129,7 @@ impl Loader {
                 order: Arc::clone(&order),
                 batch_size: config.batch_size,
                 seed_and_epoch: [config.seed, config.epoch],
+                part: config.part.clone(),
                 positions: (config.start_batch + worker..end).step_by(workers),
                 sender,
             };
@@ -123,7 +154,7 @@ impl Iterator for Loader {
             let channel = &self.channels[(self.next - self.start) % self.channels.len()];
             self.next += 1;
             match channel.recv() {
-                Ok(Ok(batch)) if batch.is_empty() => {}
+                Ok(Ok(batch)) if batch.is_empty() && !self.delivers_empty => {}
                 Ok(Ok(batch)) => return Some(Ok(batch)),
                 Ok(Err(error)) => {
                     self.next = self.end;
@@ -157,6 +188,7 @@ struct Worker {
     order: Arc<[u32]>,
     batch_size: usize,
     seed_and_epoch: [u64; 2],
+    part: Option<BatchPart>,
     positions: std::iter::StepBy<std::ops::Range<usize>>,
     sender: SyncSender<Result<Batch, DataError>>,
 }
@@ -175,6 +207,15 @@ impl Worker {
     fn prepare(&self, position: usize) -> Result<Batch, DataError> {
         let first = position * self.batch_size;
         let last = (first + self.batch_size).min(self.order.len());
+        // Images are mixed with others of the whole batch, which is then needed on every rank.
+        let mixer = self.dataset.mixer();
+        let (first, last) = match &self.part {
+            Some(part) if mixer.is_none() => {
+                let part = part.of(last - first)?;
+                (first + part.start, first + part.end)
+            }
+            _ => (first, last),
+        };
         let [channels, height, width] = self.dataset.image_shape();
         let mut batch = Batch {
             images: Vec::with_capacity((last - first) * channels * height * width),
@@ -195,9 +236,13 @@ impl Worker {
             }
         }
         batch.shape[0] = batch.labels.len();
-        if let Some(mixer) = self.dataset.mixer() {
+        if let Some(mixer) = mixer {
             let [seed, epoch] = self.seed_and_epoch;
             mixer.apply(&mut batch, &mut batch_stream(seed, epoch, position));
+            if let Some(part) = &self.part {
+                let part = part.of(batch.len())?;
+                batch = batch.part(part);
+            }
         }
         Ok(batch)
     }

@@ -24,5 +24,5 @@ pub use augment::{Mix, Mixer};
 pub use batch::Batch;
 pub use dataset::{CorruptFile, Dataset, Split, load_image_file};
 pub use error::DataError;
-pub use loader::{Loader, LoaderConfig, num_batches};
+pub use loader::{BatchPart, Loader, LoaderConfig, num_batches};
 pub use pixels::Pixels;

@@ -91,6 +91,9 @@ impl<B: ExpertOps> SwinBlock<B> {
     /// If the number of channels is another.
     pub fn forward(&self, x: Tensor<B, 2>) -> Result<(Tensor<B, 2>, Option<MoeReport<B>>)> {
         let batch = x.dims()[0] / self.tokens;
+        if let FeedForward::Moe(moe) = &self.mlp {
+            moe.prefetch()?;
+        }
         // Branches may come in half precision; the residual stream stays as it is.
         let dtype = x.dtype();
         let skip = |branch: Tensor<B, 2>| drop_path(branch.cast(dtype), batch, self.drop_path);

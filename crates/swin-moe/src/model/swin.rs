@@ -3,9 +3,10 @@
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
-use hexa_moe::LoadStats;
+use hexa_moe::{LoadStats, Moe};
 use hexa_ops::ExpertOps;
 
+use super::block::FeedForward;
 use super::config::SwinMoeConfig;
 use super::error::{ModelError, Result};
 use super::layers::{LayerNorm, Linear, LinearOptions};
@@ -117,6 +118,63 @@ impl<B: ExpertOps> SwinMoe<B> {
             logits,
             aux_loss: aux_loss.unwrap_or_else(|| Tensor::zeros([1], &device)),
             loads,
+        })
+    }
+
+    /// What [`SwinMoe::forward`] does on a rank that has no images: its part in the other ranks'
+    /// Mixture-of-Experts layers, and nothing else.
+    ///
+    /// # Errors
+    /// If a rank fails.
+    pub fn forward_without_images(&self, device: &B::Device) -> Result<SwinOutput<B>> {
+        let mut x = Tensor::<B, 2>::empty([0, self.config.stage_dim(0)], device).require_grad();
+        let mut aux_loss = Tensor::<B, 1>::zeros([1], device);
+        let mut loads = Vec::new();
+        let blocks = self.layers.iter().flat_map(|stage| &stage.blocks);
+        for block in blocks {
+            if let FeedForward::Moe(moe) = &block.mlp {
+                moe.prefetch()?;
+                // Each layer's input is the output of the one before, so that the backward pass
+                // comes to the layers in the same order as on the other ranks.
+                let out = moe.try_forward(x.reshape([0, moe.d_model]))?;
+                x = out.output;
+                aux_loss = aux_loss + out.aux_loss;
+                loads.push(out.load);
+            }
+        }
+        Ok(SwinOutput {
+            logits: Tensor::empty([0, self.config.num_classes], device),
+            aux_loss,
+            loads,
+        })
+    }
+
+    /// Replaces every Mixture-of-Experts layer by what `map` makes of it and of its number.
+    ///
+    /// # Errors
+    /// The first one of `map`.
+    pub fn map_moe<E>(
+        mut self,
+        mut map: impl FnMut(usize, Moe<B>) -> std::result::Result<Moe<B>, E>,
+    ) -> std::result::Result<Self, E> {
+        let mut number = 0;
+        for stage in &mut self.layers {
+            for block in &mut stage.blocks {
+                if let FeedForward::Moe(moe) = &block.mlp {
+                    block.mlp = FeedForward::Moe(map(number, moe.clone())?);
+                    number += 1;
+                }
+            }
+        }
+        Ok(self)
+    }
+
+    /// The Mixture-of-Experts layers, first to last.
+    pub fn moe_layers(&self) -> impl Iterator<Item = &Moe<B>> {
+        let blocks = self.layers.iter().flat_map(|stage| &stage.blocks);
+        blocks.filter_map(|block| match &block.mlp {
+            FeedForward::Moe(moe) => Some(moe),
+            FeedForward::Dense(_) => None,
         })
     }
 

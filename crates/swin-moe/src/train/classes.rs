@@ -40,6 +40,24 @@ impl Confusion {
         }
     }
 
+    /// The counts as they travel between ranks: label, class and images, which are fewer than 2³².
+    pub(super) fn to_words(&self) -> Vec<u32> {
+        let words = |(&(label, best), &count): (&(usize, usize), &u64)| {
+            [label as u32, best as u32, count as u32]
+        };
+        self.counts.iter().flat_map(words).collect()
+    }
+
+    /// The sums of [`Confusion::to_words`] of several, one after the other.
+    pub(super) fn of_words(words: &[u32]) -> Self {
+        let mut sum = Self::default();
+        for word in words.chunks_exact(3) {
+            let place = (word[0] as usize, word[1] as usize);
+            *sum.counts.entry(place).or_default() += u64::from(word[2]);
+        }
+        sum
+    }
+
     /// Every class that has images, the least accurate first; of equal ones in the classes' order.
     pub fn scores(&self, names: &[String]) -> Vec<ClassScore> {
         let name = |class: usize| {

@@ -72,6 +72,14 @@ pub enum TrainError {
         /// The back-end's own words.
         reason: String,
     },
+    /// A rank failed, and with it the others.
+    #[error("rank {rank}: {error}")]
+    Rank {
+        /// Which one.
+        rank: usize,
+        /// Why.
+        error: Box<TrainError>,
+    },
     /// A command was asked for something that the run or the data cannot give.
     #[error("{0}")]
     Request(String),

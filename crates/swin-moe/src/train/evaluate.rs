@@ -6,6 +6,7 @@ use super::classes::Confusion;
 use super::device::{read, upload};
 use super::error::Result;
 use super::images::TestImages;
+use super::ranks::Ranks;
 use super::tally::{LoadTally, Tally};
 use crate::model::SwinMoe;
 
@@ -30,15 +31,31 @@ pub fn evaluate<B: ExpertOps>(
     batch_size: usize,
     device: &B::Device,
 ) -> Result<Evaluation> {
+    evaluate_together(&Ranks::alone(), model, images, batch_size, device)
+}
+
+/// [`evaluate`] by all ranks, each its part of every batch; all have the same result.
+pub(super) fn evaluate_together<B: ExpertOps>(
+    ranks: &Ranks,
+    model: &SwinMoe<B>,
+    images: &TestImages,
+    batch_size: usize,
+    device: &B::Device,
+) -> Result<Evaluation> {
     let mut evaluation = Evaluation::default();
-    for batch in images.batches(batch_size)? {
+    for batch in images.batches(batch_size, ranks.batch_part())? {
         let batch = batch?;
         let labels: Vec<usize> = batch.labels.iter().map(|&label| label as usize).collect();
-        let (images, _) = upload::<B>(batch, device);
-        let output = model.forward(images)?;
-        let logits = read(output.logits, "scores")?;
-        evaluation.tally.add(&logits.values, &labels);
-        evaluation.confusion.add(&logits.values, &labels);
+        let output = if batch.is_empty() {
+            model.forward_without_images(device)?
+        } else {
+            let (images, _) = upload::<B>(batch, device);
+            let output = model.forward(images)?;
+            let logits = read(output.logits.clone(), "scores")?;
+            evaluation.tally.add(&logits.values, &labels);
+            evaluation.confusion.add(&logits.values, &labels);
+            output
+        };
         let reports = output
             .loads
             .iter()
@@ -46,5 +63,7 @@ pub fn evaluate<B: ExpertOps>(
             .collect::<Result<Vec<_>>>()?;
         evaluation.loads.add(&reports);
     }
+    evaluation.tally = ranks.sum_tally(evaluation.tally)?;
+    evaluation.confusion = ranks.sum_confusion(evaluation.confusion)?;
     Ok(evaluation)
 }

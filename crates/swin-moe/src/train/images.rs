@@ -5,10 +5,12 @@ use std::sync::Arc;
 
 use super::error::Result;
 use crate::config::Config;
-use crate::data::{DataError, Dataset, Loader, LoaderConfig, Split, load_image_file, num_batches};
+use crate::data::{
+    BatchPart, DataError, Dataset, Loader, LoaderConfig, Split, load_image_file, num_batches,
+};
 
 /// Both splits.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Images {
     /// Images to learn from.
     pub train: TrainImages,
@@ -47,7 +49,7 @@ impl Images {
 }
 
 /// Images to learn from: shuffled and augmented, the last partial batch left out.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct TrainImages {
     dataset: Arc<Dataset>,
     workers: usize,
@@ -69,11 +71,18 @@ impl TrainImages {
         num_batches(self.len(), batch_size, true) as u64
     }
 
-    /// The batches of an epoch from `start` on.
+    /// The batches of an epoch from `start` on, or `part` of each.
     ///
     /// # Errors
     /// [`super::TrainError::Data`] if `start` lies behind the epoch's end or threads are refused.
-    pub fn batches(&self, batch_size: usize, seed: u64, epoch: u64, start: u64) -> Result<Loader> {
+    pub fn batches(
+        &self,
+        batch_size: usize,
+        seed: u64,
+        epoch: u64,
+        start: u64,
+        part: Option<BatchPart>,
+    ) -> Result<Loader> {
         let config = LoaderConfig {
             batch_size,
             seed,
@@ -82,13 +91,14 @@ impl TrainImages {
             shuffle: true,
             drop_last: true,
             workers: self.workers,
+            part,
         };
         Ok(Loader::new(Arc::clone(&self.dataset), config)?)
     }
 }
 
 /// Images to be judged by: in their order, as they are, all of them.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct TestImages {
     dataset: Arc<Dataset>,
     workers: usize,
@@ -121,11 +131,11 @@ impl TestImages {
         self.dataset.class_names()
     }
 
-    /// All batches.
+    /// All batches, or `part` of each.
     ///
     /// # Errors
     /// [`super::TrainError::Data`] if threads are refused.
-    pub fn batches(&self, batch_size: usize) -> Result<Loader> {
+    pub fn batches(&self, batch_size: usize, part: Option<BatchPart>) -> Result<Loader> {
         let config = LoaderConfig {
             batch_size,
             seed: 0,
@@ -134,6 +144,7 @@ impl TestImages {
             shuffle: false,
             drop_last: false,
             workers: self.workers,
+            part,
         };
         Ok(Loader::new(Arc::clone(&self.dataset), config)?)
     }

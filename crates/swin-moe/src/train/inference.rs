@@ -9,11 +9,13 @@ use hexa_ops::TrainingBackend;
 use super::checkpoint::{Checkpoint, RunState};
 use super::device::read;
 use super::error::{Result, TrainError};
-use super::evaluate::{Evaluation, evaluate};
+use super::evaluate::{Evaluation, evaluate_together};
 use super::faults::DeviceFaults;
 use super::images::{TestImages, prepare_file};
 use super::optimizer::averages;
 use super::params::{read_params, write_params};
+use super::ranks::{RankJob, Ranks, Seat, launch};
+use super::request::ParallelOverrides;
 use super::run_dir::RunDir;
 use super::setup::check_classes;
 use super::tally::softmax;
@@ -30,7 +32,7 @@ use crate::weights::{
 const PREDICT_BATCH: usize = 32;
 
 /// A checkpoint that has been read and whose settings have been checked.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Trained {
     path: PathBuf,
     checkpoint: Checkpoint,
@@ -61,6 +63,25 @@ impl Trained {
         self
     }
 
+    /// With these settings of ranks, for [`Trained::evaluate`], and so many images per step. The
+    /// run's own ranks are not those of an evaluation.
+    ///
+    /// # Errors
+    /// [`TrainError::Config`] if they do not fit together.
+    pub fn with_parallel(
+        mut self,
+        overrides: &ParallelOverrides,
+        batch_size: Option<usize>,
+    ) -> Result<Self> {
+        let mut raw = self.config.to_raw();
+        raw.parallel = Default::default();
+        if let Some(batch_size) = batch_size {
+            raw.train.eval_batch_size = batch_size;
+        }
+        self.config = overrides.apply(&raw.validate()?)?;
+        Ok(self)
+    }
+
     /// Has the model computed in another arithmetic than it was trained in.
     pub fn with_precision(mut self, precision: Precision) -> Self {
         self.config.train.precision = precision;
@@ -77,18 +98,24 @@ impl Trained {
         &self.config
     }
 
-    /// Accuracy, loss and load on the test images, of `folder` if given.
+    /// Accuracy, loss and load on the test images, of `folder` if given; `None` on processes that
+    /// do not speak for their MPI job.
     ///
     /// # Errors
     /// [`TrainError`] if the images do not fit the model or cannot be read.
-    pub fn evaluate(mut self, backend: BackendKind, folder: Option<PathBuf>) -> Result<Evaluation> {
+    pub fn evaluate(
+        mut self,
+        backend: BackendKind,
+        folder: Option<PathBuf>,
+    ) -> Result<Option<Evaluation>> {
         if let Some(folder) = folder {
             self.config.data.source = DataSource::Folder(folder);
         }
         let images = TestImages::open(&self.config)?;
         check_classes(&self.checkpoint.state, images.class_names(), &self.path)?;
+        let parallel = self.config.parallel.clone();
         let trained = self;
-        dispatch(backend, Evaluate { trained, images })?
+        launch(backend, &parallel, None, Evaluate { trained, images })
     }
 
     /// The five likeliest classes of each image file, in order.
@@ -145,20 +172,23 @@ impl Trained {
     }
 }
 
+#[derive(Clone)]
 struct Evaluate {
     trained: Trained,
     images: TestImages,
 }
 
-impl Job for Evaluate {
-    type Output = Result<Evaluation>;
+impl RankJob for Evaluate {
+    type Output = Option<Evaluation>;
 
-    fn run<B: TrainingBackend>(self, device: &B::Device) -> Result<Evaluation> {
+    fn run<B: TrainingBackend>(self, device: &B::Device, seat: Seat) -> Result<Self::Output> {
         let faults = self.trained.faults.clone();
         let (model, _, config) = self.trained.model_to_run::<B>(device)?;
-        let result = evaluate(&model, &self.images, config.train.eval_batch_size, device)?;
+        let batch_size = config.train.eval_batch_size;
+        let (ranks, model) = Ranks::join(&seat, &config, model)?;
+        let result = evaluate_together(&ranks, &model, &self.images, batch_size, device)?;
         faults.check("while images were evaluated")?;
-        Ok(result)
+        Ok(ranks.is_lead().then_some(result))
     }
 }
 

@@ -107,11 +107,21 @@ pub const WORST_CLASSES: usize = 10;
 #[derive(Debug)]
 pub struct MetricsWriter {
     path: PathBuf,
-    file: File,
+    /// None where another rank writes.
+    file: Option<File>,
     length: u64,
 }
 
 impl MetricsWriter {
+    /// Writes nothing: for ranks whose lead does.
+    pub fn nowhere(path: &Path) -> Self {
+        MetricsWriter {
+            path: path.to_path_buf(),
+            file: None,
+            length: 0,
+        }
+    }
+
     /// Starts an empty file.
     ///
     /// # Errors
@@ -120,7 +130,7 @@ impl MetricsWriter {
         let file = File::create(path).map_err(TrainError::io("create", path))?;
         Ok(MetricsWriter {
             path: path.to_path_buf(),
-            file,
+            file: Some(file),
             length: 0,
         })
     }
@@ -151,7 +161,7 @@ impl MetricsWriter {
             .map_err(TrainError::io("truncate", path))?;
         Ok(MetricsWriter {
             path: path.to_path_buf(),
-            file,
+            file: Some(file),
             length,
         })
     }
@@ -165,8 +175,10 @@ impl MetricsWriter {
             .map_err(std::io::Error::from)
             .map_err(TrainError::io("write", &self.path))?;
         line.push(b'\n');
-        self.file
-            .write_all(&line)
+        let Some(file) = &mut self.file else {
+            return Ok(());
+        };
+        file.write_all(&line)
             .map_err(TrainError::io("write", &self.path))?;
         self.length += line.len() as u64;
         Ok(())
@@ -177,9 +189,10 @@ impl MetricsWriter {
     /// # Errors
     /// [`TrainError::Io`] if the system cannot write them out.
     pub fn sync(&mut self) -> Result<u64> {
-        self.file
-            .sync_data()
-            .map_err(TrainError::io("synchronise", &self.path))?;
+        if let Some(file) = &self.file {
+            file.sync_data()
+                .map_err(TrainError::io("synchronise", &self.path))?;
+        }
         Ok(self.length)
     }
 }

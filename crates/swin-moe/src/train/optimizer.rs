@@ -47,7 +47,7 @@ impl AdamWConfig {
 
 /// A model's gradients, joined as the optimizer updates them.
 #[derive(Debug, Clone)]
-pub struct FlatGradients<B: Backend>(Vec<Tensor<B, 1>>);
+pub struct FlatGradients<B: Backend>(pub(super) Vec<Tensor<B, 1>>);
 
 impl<B: Backend> FlatGradients<B> {
     /// The sums with another pass' gradients.
@@ -90,7 +90,22 @@ pub struct AdamW<B: AutodiffBackend> {
 impl<B: AutodiffBackend> AdamW<B> {
     /// An optimizer for the trained parameters of `model`, with zero moments.
     pub fn new<M: Module<B>>(config: AdamWConfig, model: &M) -> Self {
-        let mut collector = Collector::<B>::default();
+        Self::of_slices(config, model, &|_| false)
+    }
+
+    /// An optimizer for a rank's parameters, of which `is_slice` names those that are slices; the
+    /// others are on all ranks.
+    pub fn of_slices<M: Module<B>>(
+        config: AdamWConfig,
+        model: &M,
+        is_slice: &dyn Fn(&str) -> bool,
+    ) -> Self {
+        let mut collector = Collector::<B> {
+            path: ModulePath::default(),
+            is_slice,
+            slots: Vec::new(),
+            values: Vec::new(),
+        };
         model.visit(&mut collector);
         let layout = Layout::plan(collector.slots);
         let averages = config.ema_decay > 0.0;
@@ -112,12 +127,23 @@ impl<B: AutodiffBackend> AdamW<B> {
     pub fn gradients<M: Module<B>>(
         &self,
         model: &M,
+        gradients: B::Gradients,
+    ) -> Result<FlatGradients<B::InnerBackend>> {
+        self.gradients_or_zeros(model, gradients, false)
+    }
+
+    /// [`AdamW::gradients`]; with `zeros`, those instead of gradients that are missing.
+    pub(super) fn gradients_or_zeros<M: Module<B>>(
+        &self,
+        model: &M,
         mut gradients: B::Gradients,
+        zeros: bool,
     ) -> Result<FlatGradients<B::InnerBackend>> {
         let mut taker = GradientTaker::<B> {
             path: ModulePath::default(),
             gradients: &mut gradients,
             taken: Vec::with_capacity(self.layout.num_slots()),
+            zeros,
             without: None,
         };
         model.visit(&mut taker);
@@ -125,6 +151,11 @@ impl<B: AutodiffBackend> AdamW<B> {
             return Err(TrainError::NoGradient { name });
         }
         Ok(FlatGradients(self.layout.pack(taker.taken, |flat, _| flat)))
+    }
+
+    /// Whether each bucket is of slices.
+    pub(super) fn sliced_buckets(&self) -> &[bool] {
+        self.layout.sliced_buckets()
     }
 
     /// Updates all parameters and gives the norm of the gradients before clipping, `[1]`.
@@ -136,12 +167,22 @@ impl<B: AutodiffBackend> AdamW<B> {
         gradients: FlatGradients<B::InnerBackend>,
         lr: f64,
     ) -> (M, Tensor<B::InnerBackend, 1>) {
+        let norm = global_norm(&gradients.0);
+        (self.update(model, gradients, norm.clone(), lr), norm)
+    }
+
+    /// Updates all parameters with gradients of this norm, `[1]`.
+    pub(super) fn update<M: Module<B>>(
+        &mut self,
+        model: M,
+        gradients: FlatGradients<B::InnerBackend>,
+        norm: Tensor<B::InnerBackend, 1>,
+        lr: f64,
+    ) -> M {
         let grads = gradients.0;
-        let norm = global_norm(&grads);
         let scale = (self.config.clip_grad_norm > 0.0).then(|| {
             // PyTorch's clip_grad_norm_: max / (norm + 1e-6), at most 1.
-            norm.clone()
-                .add_scalar(1e-6)
+            norm.add_scalar(1e-6)
                 .recip()
                 .mul_scalar(self.config.clip_grad_norm)
                 .clamp_max(1.0)
@@ -162,7 +203,7 @@ impl<B: AutodiffBackend> AdamW<B> {
         let mut placer = Placer {
             flat: self.layout.slices(&flat).into_iter(),
         };
-        (model.map(&mut placer), norm)
+        model.map(&mut placer)
     }
 
     /// The model with the parameters' moving averages instead of the trained ones, if there are
@@ -272,25 +313,22 @@ fn global_norm<B: Backend>(grads: &[Tensor<B, 1>]) -> Tensor<B, 1> {
 pub(super) struct NamedShape {
     pub name: String,
     pub shape: Vec<usize>,
+    pub is_slice: bool,
 }
 
-struct Collector<B: AutodiffBackend> {
+/// Whether the optimizer has the parameter: if it is trained, and not an empty slice.
+fn takes_part<B: AutodiffBackend, const D: usize>(value: &Tensor<B, D>) -> bool {
+    value.is_require_grad() && value.shape().num_elements() > 0
+}
+
+struct Collector<'a, B: AutodiffBackend> {
     path: ModulePath,
+    is_slice: &'a dyn Fn(&str) -> bool,
     slots: Vec<NamedShape>,
     values: Vec<Tensor<B::InnerBackend, 1>>,
 }
 
-impl<B: AutodiffBackend> Default for Collector<B> {
-    fn default() -> Self {
-        Collector {
-            path: ModulePath::default(),
-            slots: Vec::new(),
-            values: Vec::new(),
-        }
-    }
-}
-
-impl<B: AutodiffBackend> ModuleVisitor<B> for Collector<B> {
+impl<B: AutodiffBackend> ModuleVisitor<B> for Collector<'_, B> {
     fn enter_module(&mut self, name: &str, _container_type: &str) {
         self.path.enter(name);
     }
@@ -301,9 +339,11 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for Collector<B> {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         let value = param.val();
-        if value.is_require_grad() {
+        if takes_part(&value) {
+            let name = self.path.name();
             self.slots.push(NamedShape {
-                name: self.path.name(),
+                is_slice: (self.is_slice)(&name),
+                name,
                 shape: value.dims().to_vec(),
             });
             self.values.push(flatten(value.inner()));
@@ -315,6 +355,7 @@ struct GradientTaker<'a, B: AutodiffBackend> {
     path: ModulePath,
     gradients: &'a mut B::Gradients,
     taken: Vec<Tensor<B::InnerBackend, 1>>,
+    zeros: bool,
     without: Option<String>,
 }
 
@@ -329,11 +370,15 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for GradientTaker<'_, B> {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         let value = param.val();
-        if !value.is_require_grad() {
+        if !takes_part(&value) {
             return;
         }
         match value.grad_remove(self.gradients) {
             Some(gradient) => self.taken.push(flatten(gradient)),
+            None if self.zeros => {
+                let len = value.shape().num_elements();
+                self.taken.push(Tensor::zeros([len], &value.device()));
+            }
             None => self.without = Some(self.path.name()),
         }
     }
@@ -350,7 +395,7 @@ where
 {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
         let (id, old, mapper) = param.consume();
-        let value = match old.is_require_grad().then(|| self.flat.next()).flatten() {
+        let value = match takes_part(&old).then(|| self.flat.next()).flatten() {
             Some(flat) => Tensor::from_inner(flat.reshape(old.shape())).require_grad(),
             None => old,
         };

@@ -86,6 +86,12 @@ impl<B: Backend> ModuleVisitor<B> for Reader {
 pub(crate) fn read_tensor<B: Backend, const D: usize>(
     tensor: Tensor<B, D>,
 ) -> Result<HostTensor, String> {
+    if tensor.shape().num_elements() == 0 {
+        return Ok(HostTensor {
+            shape: tensor.dims().to_vec(),
+            values: Vec::new(),
+        });
+    }
     let data = tensor.try_into_data().map_err(|error| error.to_string())?;
     let shape = data.shape.to_vec();
     let values = data

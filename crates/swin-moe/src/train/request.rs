@@ -2,13 +2,15 @@
 
 use std::path::PathBuf;
 
+use hexa_moe::parallel::ParallelPlan;
+
 use super::faults::DeviceFaults;
 use super::interrupt::StopFlag;
 use super::metrics::EvalRecord;
 use super::progress::Verbosity;
 use super::run_dir::RunDir;
 use crate::backend::BackendKind;
-use crate::config::Config;
+use crate::config::{Config, ConfigError, Engine, Mode};
 
 /// A new run.
 #[derive(Debug, Clone)]
@@ -19,8 +21,10 @@ pub struct TrainRequest {
     pub config: Config,
     /// Where to compute.
     pub backend: BackendKind,
-    /// The run's directory: new, or empty.
+    /// The run's directory: new, or empty. Of several processes, rank 0's counts.
     pub output: PathBuf,
+    /// Who does what; what `config.parallel` asks for if `None`.
+    pub plan: Option<ParallelPlan>,
     /// When to stop early and whom to tell.
     pub control: Control,
 }
@@ -34,8 +38,55 @@ pub struct ResumeRequest {
     pub backend: Option<BackendKind>,
     /// The image folder, if it has moved.
     pub data: Option<PathBuf>,
+    /// Settings of ranks, over those that the run was begun with.
+    pub parallel: ParallelOverrides,
+    /// Who does what; what the settings ask for if `None`.
+    pub plan: Option<ParallelPlan>,
     /// When to stop early and whom to tell.
     pub control: Control,
+}
+
+/// Settings of `[parallel]` that replace others, as far as they are given.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct ParallelOverrides {
+    /// Number of ranks.
+    pub ranks: Option<usize>,
+    /// What ranks are.
+    pub engine: Option<Engine>,
+    /// What the layers move.
+    pub mode: Option<Mode>,
+    /// Weights of the ranks' shares; empty for equal ones.
+    pub split: Option<Vec<f64>>,
+}
+
+impl ParallelOverrides {
+    /// The settings with these instead.
+    ///
+    /// A split for another number of ranks is dropped with that number, unless one is given, too.
+    ///
+    /// # Errors
+    /// [`ConfigError`] if they do not fit together.
+    pub fn apply(&self, config: &Config) -> Result<Config, ConfigError> {
+        let mut raw = config.to_raw();
+        let parallel = &mut raw.parallel;
+        if self.ranks.is_some_and(|ranks| ranks != parallel.ranks)
+            || self.engine.is_some_and(|engine| engine != parallel.engine)
+        {
+            parallel.split = Vec::new();
+        }
+        parallel.engine = self.engine.unwrap_or(parallel.engine);
+        // As many as mpirun has started, unless said otherwise.
+        let ranks = match self.engine {
+            Some(Engine::Mpi) => 1,
+            _ => parallel.ranks,
+        };
+        parallel.ranks = self.ranks.unwrap_or(ranks);
+        parallel.mode = self.mode.unwrap_or(parallel.mode);
+        if let Some(split) = &self.split {
+            parallel.split = split.clone();
+        }
+        raw.validate()
+    }
 }
 
 /// When to stop early and whom to tell.
@@ -65,6 +116,8 @@ pub enum End {
 /// What came of a run.
 #[derive(Debug, Clone)]
 pub struct Outcome {
+    /// Whether this process speaks for the run: all do but MPI's ranks other than 0.
+    pub is_lead: bool,
     /// Its directory.
     pub run: RunDir,
     /// Why it ended.

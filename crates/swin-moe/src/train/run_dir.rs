@@ -71,6 +71,13 @@ impl RunDir {
         Ok(run)
     }
 
+    /// The directory that another rank has made or opened.
+    pub(super) fn at(root: &Path) -> Self {
+        RunDir {
+            root: root.to_path_buf(),
+        }
+    }
+
     /// The directory itself.
     pub fn root(&self) -> &Path {
         &self.root

@@ -9,7 +9,7 @@ use hexa_ops::TrainingBackend;
 use super::checkpoint::{Checkpoint, RunState};
 use super::device::{self, scalar};
 use super::error::{Result, TrainError};
-use super::evaluate::evaluate;
+use super::evaluate::evaluate_together;
 use super::images::Images;
 use super::loss::cross_entropy;
 use super::metrics::{EvalRecord, LayerLoad, MetricsWriter, Record, StepRecord, WORST_CLASSES};
@@ -17,6 +17,7 @@ use super::optimizer::{AdamW, FlatGradients};
 use super::params::read_params;
 use super::progress::Progress;
 use super::random::step_seed;
+use super::ranks::Ranks;
 use super::report;
 use super::request::{Control, End, Outcome};
 use super::run_dir::RunDir;
@@ -41,6 +42,7 @@ pub(super) struct Session<'a, B: TrainingBackend> {
     pub progress: Progress,
     pub control: Control,
     pub place: Place<B>,
+    pub ranks: Ranks,
 }
 
 /// How far a run is.
@@ -58,6 +60,9 @@ pub(super) struct Place<B: TrainingBackend> {
 
 /// What one step leaves on the device for the log.
 struct StepTrace<B: TrainingBackend> {
+    /// Images of all ranks.
+    images: usize,
+    /// On several ranks, this rank's addend.
     ce_loss: Tensor<B::InnerBackend, 1>,
     aux_loss: Tensor<B::InnerBackend, 1>,
     grad_norm: Tensor<B::InnerBackend, 1>,
@@ -120,8 +125,9 @@ impl<B: TrainingBackend> Session<'_, B> {
             self.save_last()?;
         }
         self.progress.finish();
-        report::write(&self.run, &self.facts)?;
+        self.write_report()?;
         Ok(Outcome {
+            is_lead: self.ranks.is_lead(),
             run: self.run,
             end: match end {
                 Some(end) if self.place.epoch < epochs => end,
@@ -143,12 +149,15 @@ impl<B: TrainingBackend> Session<'_, B> {
             train.seed,
             self.place.epoch,
             self.place.batch,
+            self.ranks.batch_part(),
         )?;
         let mut pace = Pace::new();
         for batch in batches {
             let batch = batch?;
-            pace.images += batch.labels.len();
-            let trace = self.step(batch)?;
+            let Some(trace) = self.step(batch)? else {
+                continue;
+            };
+            pace.images += trace.images;
             self.progress.advance(self.place.step);
             if self.place.step.is_multiple_of(log_every) {
                 self.log(trace, &pace)?;
@@ -167,7 +176,7 @@ impl<B: TrainingBackend> Session<'_, B> {
     }
 
     fn reason_to_stop(&self) -> Option<End> {
-        if self.control.stop.is_raised() {
+        if self.ranks.is_to_stop(self.control.stop.is_raised()) {
             Some(End::Interrupted)
         } else if self
             .control
@@ -180,18 +189,27 @@ impl<B: TrainingBackend> Session<'_, B> {
         }
     }
 
-    /// One optimizer step. Nothing is read from the device.
-    fn step(&mut self, batch: Batch) -> Result<StepTrace<B>> {
+    /// One optimizer step; none without images on any rank. A run alone reads nothing from the
+    /// device.
+    fn step(&mut self, batch: Batch) -> Result<Option<StepTrace<B>>> {
+        let share = self
+            .ranks
+            .begin_step(batch.len(), self.control.stop.is_raised())?;
+        if share.global == 0 {
+            return Ok(None);
+        }
         let lr = self.schedule.lr_at(self.place.step);
         B::seed(
             self.device,
             step_seed(self.config.train.seed, self.place.step),
         );
         let position = batch.position as u64;
-        let images = batch.len();
+        let parts = self.config.train.accumulation_steps;
         let mut sums: Option<PartSums<B>> = None;
-        for part in batch.into_parts(self.config.train.accumulation_steps) {
-            let part = self.part(part, images)?;
+        for part in self.ranks.parts(batch, parts) {
+            let Some(part) = self.part(part, share.global)? else {
+                continue;
+            };
             sums = Some(match sums {
                 Some(sums) => sums.plus(part),
                 None => part,
@@ -204,9 +222,11 @@ impl<B: TrainingBackend> Session<'_, B> {
             loads,
         }) = sums
         else {
-            unreachable!("the loader never delivers an empty batch");
+            return Ok(None);
         };
-        let (model, grad_norm) = self.optimizer.step(self.model.clone(), gradients, lr);
+        let (model, grad_norm) =
+            self.ranks
+                .update(&mut self.optimizer, self.model.clone(), gradients, lr)?;
         self.model = model;
 
         let place = &mut self.place;
@@ -214,41 +234,57 @@ impl<B: TrainingBackend> Session<'_, B> {
         place.aux_sum = place.aux_sum.clone() + aux_loss.clone();
         place.step += 1;
         place.batch = position + 1;
-        Ok(StepTrace {
+        Ok(Some(StepTrace {
+            images: share.global,
             ce_loss,
             aux_loss,
             grad_norm,
             loads,
             lr,
-        })
+        }))
     }
 
-    /// Losses and gradients of a part of a step's images, weighted by its share of them.
-    fn part(&self, part: Batch, images: usize) -> Result<PartSums<B>> {
-        let share = part.len() as f64 / images as f64;
-        let (images, targets) = device::upload::<B>(part, self.device);
-        let output = self.model.forward(images)?;
-        let smoothing = self.config.train.label_smoothing;
-        let ce_loss = cross_entropy(output.logits, targets, smoothing);
-        let (ce_loss, aux_loss) = if share == 1.0 {
-            (ce_loss, output.aux_loss)
+    /// Losses and gradients of a part of a step's images, weighted by its share of them; none
+    /// without images on any rank.
+    fn part(&self, part: Batch, images: usize) -> Result<Option<PartSums<B>>> {
+        let share = self.ranks.share(part.len(), images)?;
+        if share.global == 0 {
+            return Ok(None);
+        }
+        let (ce_loss, output) = if part.is_empty() {
+            let output = self.model.forward_without_images(self.device)?;
+            (Tensor::zeros([1], self.device), output)
         } else {
-            (ce_loss * share, output.aux_loss * share)
+            let (images, targets) = device::upload::<B>(part, self.device);
+            let output = self.model.forward(images)?;
+            let smoothing = self.config.train.label_smoothing;
+            let ce_loss = cross_entropy(output.logits.clone(), targets, smoothing);
+            (ce_loss, output)
         };
+        let weigh = |loss: Tensor<B, 1>, of: usize| match of == images {
+            true => loss,
+            false => loss * (of as f64 / images as f64),
+        };
+        let ce_loss = weigh(ce_loss, share.local);
+        let aux_loss = weigh(output.aux_loss, share.global);
         let gradients = (ce_loss.clone() + aux_loss.clone()).backward();
-        Ok(PartSums {
+        Ok(Some(PartSums {
             ce_loss: ce_loss.inner(),
             aux_loss: aux_loss.inner(),
-            gradients: self.optimizer.gradients(&self.model, gradients)?,
+            gradients: self.optimizer.gradients_or_zeros(
+                &self.model,
+                gradients,
+                share.local == 0,
+            )?,
             loads: output.loads,
-        })
+        }))
     }
 
     /// Waits for the device, checks that all is well and writes a line of metrics.
     fn log(&mut self, trace: StepTrace<B>, pace: &Pace) -> Result<()> {
         device::check::<B>(self.device, self.place.step)?;
         self.check_device()?;
-        let ce_loss = scalar(trace.ce_loss)?;
+        let ce_loss = self.sum("cross entropy", scalar(trace.ce_loss)?)?;
         let aux_loss = scalar(trace.aux_loss)?;
         self.check_finite(ce_loss + aux_loss, trace.lr)?;
         self.check_sums(trace.lr)?;
@@ -278,6 +314,19 @@ impl<B: TrainingBackend> Session<'_, B> {
         self.control.faults.check(&format!("by step {step}"))
     }
 
+    /// The sum of all ranks' values.
+    fn sum(&self, what: &str, value: f32) -> Result<f32> {
+        let sum = self.ranks.sum(what, vec![value])?;
+        Ok(sum.into_iter().sum())
+    }
+
+    fn write_report(&self) -> Result<()> {
+        if self.ranks.is_lead() {
+            report::write(&self.run, &self.facts)?;
+        }
+        Ok(())
+    }
+
     fn check_finite(&self, loss: f32, lr: f64) -> Result<()> {
         if loss.is_finite() {
             return Ok(());
@@ -291,7 +340,7 @@ impl<B: TrainingBackend> Session<'_, B> {
 
     /// The epoch's sums; an error if any loss in them was not a number.
     fn check_sums(&self, lr: f64) -> Result<(f32, f32)> {
-        let ce_sum = scalar(self.place.ce_sum.clone())?;
+        let ce_sum = self.sum("sum of cross entropies", scalar(self.place.ce_sum.clone())?)?;
         let aux_sum = scalar(self.place.aux_sum.clone())?;
         self.check_finite(ce_sum + aux_sum, lr)?;
         Ok((ce_sum, aux_sum))
@@ -319,18 +368,21 @@ impl<B: TrainingBackend> Session<'_, B> {
             self.place.best_top1 = self.place.last_eval.as_ref().map(|eval| eval.top1);
         }
         let checkpoint = self.checkpoint()?;
-        if improved {
-            checkpoint.save(&self.run.best())?;
+        if self.ranks.is_lead() {
+            if improved {
+                checkpoint.save(&self.run.best())?;
+            }
+            self.run
+                .save_last(&checkpoint, self.config.checkpoint.keep_last)?;
         }
-        self.run
-            .save_last(&checkpoint, self.config.checkpoint.keep_last)?;
-        report::write(&self.run, &self.facts)
+        self.write_report()
     }
 
     fn evaluate(&mut self, epoch: u64) -> Result<()> {
         let (ce_sum, aux_sum) = self.check_sums(self.schedule.lr_at(self.place.step))?;
         let batches = self.place.batch.max(1) as f32;
-        let result = evaluate(
+        let result = evaluate_together(
+            &self.ranks,
             &self.optimizer.averaged(self.model.valid()),
             &self.images.test,
             self.config.train.eval_batch_size,
@@ -359,8 +411,11 @@ impl<B: TrainingBackend> Session<'_, B> {
 
     fn save_last(&mut self) -> Result<()> {
         let checkpoint = self.checkpoint()?;
-        self.run
-            .save_last(&checkpoint, self.config.checkpoint.keep_last)
+        if self.ranks.is_lead() {
+            self.run
+                .save_last(&checkpoint, self.config.checkpoint.keep_last)?;
+        }
+        Ok(())
     }
 
     /// The run as it stands, on the host; an error rather than a checkpoint that is no number.
@@ -369,12 +424,13 @@ impl<B: TrainingBackend> Session<'_, B> {
         let (ce_sum, aux_sum) = self.check_sums(lr)?;
         let model =
             read_params(&self.model).map_err(TrainError::device("while the model was read"))?;
+        let model = self.ranks.gather_model(model)?;
         for tensor in model.values() {
             if let Some(bad) = tensor.values.iter().find(|value| !value.is_finite()) {
                 self.check_finite(*bad, lr)?;
             }
         }
-        let optimizer = self.optimizer.state()?;
+        let optimizer = self.ranks.gather_state(self.optimizer.state()?)?;
         self.check_device()?;
         let state = RunState {
             name: self.facts.name.clone(),

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
 use burn::tensor::Tensor;
 use hexa_ops::TrainingBackend;
@@ -12,14 +13,15 @@ use super::images::Images;
 use super::metrics::{EvalRecord, MetricsWriter, Record, read_records};
 use super::optimizer::{AdamW, AdamWConfig};
 use super::params::write_params;
-use super::progress::Progress;
+use super::progress::{Progress, Verbosity};
 use super::random::init_seed;
+use super::ranks::{RankJob, Ranks, Seat, launch};
 use super::report::Facts;
 use super::request::{Control, Outcome, ResumeRequest, TrainRequest};
 use super::run_dir::RunDir;
 use super::schedule::Schedule;
 use super::session::{Place, Session};
-use crate::backend::{BackendKind, Job, check_precision, dispatch};
+use crate::backend::{BackendKind, check_precision};
 use crate::config::{Config, DataSource, TrainConfig};
 use crate::memory::{Held, check_fits};
 use crate::model::SwinMoe;
@@ -31,7 +33,9 @@ use crate::settings::model_config;
 /// [`TrainError`], with the last good checkpoint in the run's directory if there was one.
 pub fn train(request: TrainRequest) -> Result<Outcome> {
     let images = Images::open(&request.config)?;
-    dispatch(request.backend, Start { request, images })?
+    let (backend, plan) = (request.backend, request.plan.clone());
+    let parallel = request.config.parallel.clone();
+    launch(backend, &parallel, plan, Start { request, images })
 }
 
 /// Continues a run as if it had never stopped.
@@ -49,18 +53,20 @@ pub fn resume(request: ResumeRequest) -> Result<Outcome> {
     if let Some(folder) = request.data {
         config.data.source = DataSource::Folder(folder);
     }
+    let config = request.parallel.apply(&config)?;
     let images = Images::open(&config)?;
     check_classes(&checkpoint.state, images.class_names(), run.root())?;
     let backend = request.backend.unwrap_or(checkpoint.state.backend);
     let job = Continue {
         run,
-        checkpoint,
+        checkpoint: Arc::new(checkpoint),
         config,
         images,
         backend,
         control: request.control,
     };
-    dispatch(backend, job)?
+    let parallel = job.config.parallel.clone();
+    launch(backend, &parallel, request.plan, job)
 }
 
 /// A model must be used with the classes that it learnt.
@@ -89,23 +95,35 @@ fn first_few(names: &[String]) -> String {
     text
 }
 
+#[derive(Clone)]
 struct Start {
     request: TrainRequest,
     images: Images,
 }
 
-impl Job for Start {
-    type Output = Result<Outcome>;
+impl RankJob for Start {
+    type Output = Outcome;
 
-    fn run<B: TrainingBackend>(self, device: &B::Device) -> Result<Outcome> {
+    fn run<B: TrainingBackend>(self, device: &B::Device, seat: Seat) -> Result<Outcome> {
         let Start { request, images } = self;
         let config = request.config;
         let classes = images.class_names().len();
-        let model = new_model::<B>(&config, classes, request.backend, device)?;
-        let optimizer = AdamW::new(adamw_config(&config.train), &model);
-        let run = RunDir::create(&request.output)?;
-        fs::write(run.config(), config.to_toml()).map_err(TrainError::io("write", run.config()))?;
-        let metrics = MetricsWriter::create(&run.metrics())?;
+        let model = seat.in_turn(|| new_model::<B>(&config, classes, request.backend, device))?;
+        let (ranks, model) = Ranks::join(&seat, &config, model)?;
+        let optimizer = ranks.optimizer(adamw_config(&config.train), &model);
+        let output = ranks.agree_on(&request.output)?;
+        let (run, metrics) = if ranks.is_lead() {
+            let run = RunDir::create(&output)?;
+            let path = run.config();
+            fs::write(&path, config.to_toml()).map_err(TrainError::io("write", path))?;
+            let metrics = MetricsWriter::create(&run.metrics())?;
+            (run, metrics)
+        } else {
+            let run = RunDir::at(&output);
+            let metrics = MetricsWriter::nowhere(&run.metrics());
+            (run, metrics)
+        };
+        ranks.barrier("the run directory is there")?;
         let place = Place {
             step: 0,
             epoch: 0,
@@ -123,29 +141,31 @@ impl Job for Start {
             run,
             metrics,
             control: request.control,
+            ranks,
         };
         parts.session(model, optimizer, place, device).run()
     }
 }
 
+#[derive(Clone)]
 struct Continue {
     run: RunDir,
-    checkpoint: Checkpoint,
+    checkpoint: Arc<Checkpoint>,
     config: Config,
     images: Images,
     backend: BackendKind,
     control: Control,
 }
 
-impl Job for Continue {
-    type Output = Result<Outcome>;
+impl RankJob for Continue {
+    type Output = Outcome;
 
-    fn run<B: TrainingBackend>(self, device: &B::Device) -> Result<Outcome> {
+    fn run<B: TrainingBackend>(self, device: &B::Device, seat: Seat) -> Result<Outcome> {
         let Checkpoint {
             state,
             model: weights,
             optimizer: moments,
-        } = self.checkpoint;
+        } = Arc::unwrap_or_clone(self.checkpoint);
         let path = self.run.last();
         let unfit = |reason: String| TrainError::Checkpoint {
             path: path.clone(),
@@ -155,17 +175,30 @@ impl Job for Continue {
         let classes = state.class_names.len();
         let model = new_model::<B>(&self.config, classes, self.backend, device)?;
         let model = write_params(model, weights).map_err(unfit)?;
-        let mut optimizer = AdamW::new(adamw_config(&self.config.train), &model);
+        let (ranks, model) = Ranks::join(&seat, &self.config, model)?;
+        let mut optimizer = ranks.optimizer(adamw_config(&self.config.train), &model);
         // Imported weights come without moments: the run then starts with them.
         if state.step > 0 || !moments.is_empty() {
+            let moments = ranks.own_state(moments);
             optimizer.load_state(moments).map_err(unfit)?;
         }
-        let metrics = MetricsWriter::resume(&self.run.metrics(), state.metrics_bytes)?;
+        let metrics = if ranks.is_lead() {
+            MetricsWriter::resume(&self.run.metrics(), state.metrics_bytes)?
+        } else {
+            MetricsWriter::nowhere(&self.run.metrics())
+        };
+        ranks.barrier("the metrics are as they were")?;
+        // The sum over ranks is this rank's addend.
+        let ce_sum = if ranks.is_lead() {
+            f32::from_bits(state.ce_sum_bits)
+        } else {
+            0.0
+        };
         let place = Place {
             step: state.step,
             epoch: state.epoch,
             batch: state.batch,
-            ce_sum: Tensor::full([1], f32::from_bits(state.ce_sum_bits), device),
+            ce_sum: Tensor::full([1], ce_sum, device),
             aux_sum: Tensor::full([1], f32::from_bits(state.aux_sum_bits), device),
             best_top1: state.best_top1,
             last_eval: last_eval(&self.run)?,
@@ -178,6 +211,7 @@ impl Job for Continue {
             run: self.run,
             metrics,
             control: self.control,
+            ranks,
         };
         parts.session(model, optimizer, place, device).run()
     }
@@ -240,6 +274,7 @@ struct Parts {
     run: RunDir,
     metrics: MetricsWriter,
     control: Control,
+    ranks: Ranks,
 }
 
 impl Parts {
@@ -255,7 +290,11 @@ impl Parts {
         let schedule = schedule(train, steps_per_epoch);
         let facts = facts(&self, &schedule);
         let progress = Progress::new(
-            self.control.verbosity,
+            if self.ranks.is_lead() {
+                self.control.verbosity
+            } else {
+                Verbosity::Silent
+            },
             place.step,
             schedule.total_steps,
             train.epochs as u64,
@@ -274,6 +313,7 @@ impl Parts {
             progress,
             control: self.control,
             place,
+            ranks: self.ranks,
         }
     }
 }
@@ -296,6 +336,7 @@ fn facts(parts: &Parts, schedule: &Schedule) -> Facts {
                     parts.images.class_names().len()
                 ),
             ),
+            line("ranks", parts.ranks.place().1.to_string()),
             line("steps", schedule.total_steps.to_string()),
             line("batch size", config.train.batch_size.to_string()),
             line("augmentation", config.augment.summary()),

@@ -34,6 +34,7 @@ fn epoch(dataset: &Arc<Dataset>, workers: usize, epoch: u64) -> Vec<Result<Batch
         shuffle: true,
         drop_last: false,
         workers,
+        part: None,
     };
     Loader::new(Arc::clone(dataset), config).unwrap().collect()
 }
@@ -56,6 +57,7 @@ fn images_are_what_was_written() {
         shuffle: false,
         drop_last: false,
         workers: 2,
+        part: None,
     };
     let batches = whole(Loader::new(dataset, options).unwrap().collect());
     let shapes: Vec<_> = batches.iter().map(|batch| batch.shape).collect();

@@ -10,5 +10,6 @@ mod commands;
 mod files;
 mod harness;
 mod loader;
+mod ranks;
 mod recipe;
 mod runs;

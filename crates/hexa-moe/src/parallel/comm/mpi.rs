@@ -46,7 +46,7 @@ pub struct MpiCommunicator {
     world_size: usize,
     orders: Sender<Order>,
     failure: Arc<Mutex<Option<CommError>>>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 enum Order {
@@ -114,8 +114,25 @@ impl MpiCommunicator {
             world_size,
             orders,
             failure,
-            thread: Some(thread),
+            thread: Mutex::new(Some(thread)),
         })
+    }
+}
+
+impl MpiCommunicator {
+    /// Leaves the job and finalises MPI, which must be done before the process ends, whoever
+    /// still holds the communicator.
+    pub fn close(&self) {
+        self.leave();
+        let thread = self
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(thread) = thread {
+            // A panic there has ended the job already.
+            let _ = thread.join();
+        }
     }
 }
 
@@ -159,11 +176,7 @@ impl Communicator for MpiCommunicator {
 
 impl Drop for MpiCommunicator {
     fn drop(&mut self) {
-        self.leave();
-        if let Some(thread) = self.thread.take() {
-            // MPI must be finalised before the process ends.
-            let _ = thread.join();
-        }
+        self.close();
     }
 }
 

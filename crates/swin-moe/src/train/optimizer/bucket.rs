@@ -39,27 +39,36 @@ pub(super) struct Layout {
     slots: Vec<Slot>,
     /// Whether weight decay acts on the bucket.
     bucket_decays: Vec<bool>,
+    /// Whether the bucket is of a rank's slices.
+    bucket_slices: Vec<bool>,
 }
 
 impl Layout {
-    /// Gives each parameter a place: small ones share one bucket per decay group.
+    /// Gives each parameter a place: small ones share one bucket per decay group, slices apart.
     pub(super) fn plan(params: Vec<NamedShape>) -> Self {
         let mut bucket_decays = Vec::new();
+        let mut bucket_slices = Vec::new();
         let mut bucket_lens: Vec<usize> = Vec::new();
-        let mut shared: [Option<usize>; 2] = [None; 2];
+        let mut shared: [[Option<usize>; 2]; 2] = [[None; 2]; 2];
         let slots = params
             .into_iter()
-            .map(|NamedShape { name, shape }| {
+            .map(|param| {
+                let NamedShape {
+                    name,
+                    shape,
+                    is_slice,
+                } = param;
                 let decay = decays(&name, shape.len());
                 let mut open = || {
                     bucket_decays.push(decay);
+                    bucket_slices.push(is_slice);
                     bucket_lens.push(0);
                     bucket_decays.len() - 1
                 };
                 let bucket = if shape.iter().product::<usize>() >= LARGE {
                     open()
                 } else {
-                    *shared[usize::from(decay)].get_or_insert_with(open)
+                    *shared[usize::from(is_slice)][usize::from(decay)].get_or_insert_with(open)
                 };
                 let slot = Slot {
                     name,
@@ -74,7 +83,12 @@ impl Layout {
         Layout {
             slots,
             bucket_decays,
+            bucket_slices,
         }
+    }
+
+    pub(super) fn sliced_buckets(&self) -> &[bool] {
+        &self.bucket_slices
     }
 
     pub(super) fn num_slots(&self) -> usize {

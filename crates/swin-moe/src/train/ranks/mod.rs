@@ -1,0 +1,234 @@
+//! Training and evaluation over several ranks.
+//!
+//! Every rank runs the same [`Session`](super::session::Session) on its contiguous part of each
+//! batch and on its slices of the experts. What it must do together with the others is here; a run
+//! alone does none of it.
+
+mod exchange;
+mod launch;
+mod plan;
+mod slices;
+
+use std::cell::Cell;
+use std::path::{Path, PathBuf};
+
+use hexa_moe::parallel::comm::{Collective, Payload};
+use hexa_moe::parallel::{
+    BatchShare, ParallelContext, ParallelPlan, broadcast_parameters, parallelize,
+};
+use hexa_ops::{ExpertOps, TrainingBackend};
+
+use self::slices::Cuts;
+use super::error::Result;
+use super::optimizer::{AdamW, AdamWConfig};
+use super::params::HostTensors;
+use crate::config::Config;
+use crate::data::{Batch, BatchPart};
+use crate::model::SwinMoe;
+
+pub(super) use launch::{RankJob, Seat, launch};
+
+/// This rank's ties to the others; none for a run alone.
+#[derive(Debug, Default)]
+pub(super) struct Ranks(Option<Member>);
+
+#[derive(Debug)]
+struct Member {
+    context: ParallelContext,
+    plan: ParallelPlan,
+    cuts: Cuts,
+    /// Whether steps have several parts, whose sizes ranks tell each other.
+    parts_differ: bool,
+    /// Whether any rank was asked to stop before the latest step.
+    stop: Cell<bool>,
+}
+
+impl Ranks {
+    /// A run on one device.
+    pub(super) fn alone() -> Self {
+        Ranks(None)
+    }
+
+    /// Takes the seat: gives all ranks rank 0's parameters, and keeps of the experts this rank's
+    /// slices.
+    pub(super) fn join<B: ExpertOps>(
+        seat: &Seat,
+        config: &Config,
+        model: SwinMoe<B>,
+    ) -> Result<(Self, SwinMoe<B>)> {
+        let Some(context) = &seat.context else {
+            return Ok((Ranks(None), model));
+        };
+        let (settings, batch_size) = (&config.parallel, config.train.batch_size);
+        let d_ff: Vec<usize> = model
+            .moe_layers()
+            .map(|moe| moe.experts.w2.dims()[1])
+            .collect();
+        let plan = match &seat.plan {
+            Some(plan) => plan.clone(),
+            None => plan::from_settings(settings, context.world_size(), &d_ff, batch_size)?,
+        };
+        plan.validate(context.world_size(), &d_ff, batch_size)?;
+        let model = broadcast_parameters::<B, _>(context, model)?;
+        let cuts = Cuts::of(&model, &plan);
+        let model = model.map_moe(|number, moe| {
+            let layer = &plan.layers[number];
+            parallelize(moe, context, number, layer.mode, layer.widths.clone())
+        })?;
+        let member = Member {
+            context: context.clone(),
+            plan,
+            cuts,
+            parts_differ: config.train.accumulation_steps > 1,
+            stop: Cell::new(false),
+        };
+        Ok((Ranks(Some(member)), model))
+    }
+
+    /// Whether this rank speaks for the run: writes its files and shows its progress.
+    pub(super) fn is_lead(&self) -> bool {
+        self.0.as_ref().is_none_or(|m| m.context.rank() == 0)
+    }
+
+    /// This rank and the number of ranks.
+    pub(super) fn place(&self) -> (usize, usize) {
+        match &self.0 {
+            Some(member) => (member.context.rank(), member.context.world_size()),
+            None => (0, 1),
+        }
+    }
+
+    /// Which part of each batch is this rank's.
+    pub(super) fn batch_part(&self) -> Option<BatchPart> {
+        self.0.as_ref().map(|member| BatchPart {
+            weights: member
+                .plan
+                .batch
+                .iter()
+                .map(|&images| images as f64)
+                .collect(),
+            rank: member.context.rank(),
+        })
+    }
+
+    /// An optimizer for this rank's parameters.
+    pub(super) fn optimizer<B: TrainingBackend>(
+        &self,
+        config: AdamWConfig,
+        model: &SwinMoe<B>,
+    ) -> AdamW<B> {
+        match &self.0 {
+            Some(member) => AdamW::of_slices(config, model, &|name| member.cuts.contains(name)),
+            None => AdamW::new(config, model),
+        }
+    }
+
+    /// This rank's part of an optimizer's whole state.
+    pub(super) fn own_state(&self, whole: HostTensors) -> HostTensors {
+        match &self.0 {
+            Some(member) => member.cuts.slice_state(member.context.rank(), whole),
+            None => whole,
+        }
+    }
+
+    /// Begins a step together: this rank's share of its images, and whether all are to stop
+    /// behind it.
+    pub(super) fn begin_step(&self, local: usize, stop: bool) -> Result<BatchShare> {
+        let Some(member) = &self.0 else {
+            return Ok(BatchShare {
+                local,
+                global: local,
+            });
+        };
+        let own = vec![u32::try_from(local).unwrap_or(u32::MAX), u32::from(stop)];
+        let comm = member.context.comm();
+        let all = comm
+            .all_gather_u32("images and wish to stop", own)
+            .map_err(hexa_moe::MoeError::from)?;
+        member
+            .stop
+            .set(all.chunks_exact(2).any(|rank| rank[1] == 1));
+        Ok(BatchShare {
+            local,
+            global: all.chunks_exact(2).map(|rank| rank[0] as usize).sum(),
+        })
+    }
+
+    /// The parts of a step's batch, as many on all ranks; parts may be empty on some.
+    pub(super) fn parts(&self, batch: Batch, parts: usize) -> Vec<Batch> {
+        let [_, channels, height, width] = batch.shape;
+        let position = batch.position;
+        let mut cut = batch.into_parts(parts);
+        if self.0.is_some() {
+            cut.resize_with(parts, || Batch {
+                images: Vec::new(),
+                labels: Vec::new(),
+                partners: None,
+                share: 1.0,
+                indices: Vec::new(),
+                shape: [0, channels, height, width],
+                position,
+            });
+        }
+        cut
+    }
+
+    /// This rank's share of a part of a step of `images` images.
+    pub(super) fn share(&self, local: usize, images: usize) -> Result<BatchShare> {
+        match &self.0 {
+            Some(member) if member.parts_differ => {
+                Ok(BatchShare::exchange(&member.context, local)?)
+            }
+            Some(_) => Ok(BatchShare {
+                local,
+                global: images,
+            }),
+            None => Ok(BatchShare {
+                local,
+                global: local,
+            }),
+        }
+    }
+
+    /// Whether the run is to stop: `own` alone, what was agreed upon in the latest step otherwise.
+    pub(super) fn is_to_stop(&self, own: bool) -> bool {
+        match &self.0 {
+            Some(member) => member.stop.get(),
+            None => own,
+        }
+    }
+
+    /// Nobody goes on before all have come.
+    pub(super) fn barrier(&self, what: &str) -> Result<()> {
+        if let Some(member) = &self.0 {
+            let comm = member.context.comm();
+            comm.barrier(what).map_err(hexa_moe::MoeError::from)?;
+        }
+        Ok(())
+    }
+
+    /// The lead's path, on all ranks.
+    pub(super) fn agree_on(&self, path: &Path) -> Result<PathBuf> {
+        let Some(member) = &self.0 else {
+            return Ok(path.to_path_buf());
+        };
+        let comm = member.context.comm();
+        let send = |name: &str, own: Vec<u32>, len: usize| {
+            let data = Payload::U32(if comm.rank() == 0 { own } else { Vec::new() });
+            let pending = comm.start(name, Collective::Broadcast { data, root: 0, len });
+            pending
+                .wait()
+                .map(Payload::into_u32)
+                .map_err(hexa_moe::MoeError::from)
+        };
+        let text: Vec<u32> = path.to_string_lossy().chars().map(u32::from).collect();
+        let length = send("length of the output's name", vec![text.len() as u32], 1)?;
+        let length = length.first().map_or(0, |&length| length as usize);
+        let text = send("the output's name", text, length)?;
+        Ok(text
+            .into_iter()
+            .filter_map(char::from_u32)
+            .collect::<String>()
+            .into())
+    }
+}

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use hexa_moe::parallel::Mode;
 use hexa_moe::parallel::fleet::{Fleet, FleetError, PlanTable, Prediction};
+use hexa_moe::parallel::{Mode, ParallelPlan};
 
 use super::Done;
 use super::arguments;
@@ -14,7 +14,7 @@ use crate::config::{self, Config, Engine};
 use crate::fleet::{self, CalibrateRequest, FleetJobError};
 use crate::model::SwinMoeConfig;
 use crate::settings::model_config;
-use crate::train::{DeviceFaults, LayerPlan, ParallelPlan};
+use crate::train::DeviceFaults;
 
 pub(super) fn calibrate(arguments: arguments::Calibrate, faults: DeviceFaults) -> Result<Done> {
     let (config, model) = configured(arguments.config.as_deref(), &arguments.set)?;
@@ -131,14 +131,7 @@ pub(super) fn train_plan(
         chosen.plan.batch,
         1e3 * chosen.step_s
     );
-    let layers = chosen.plan.layers.into_iter().map(|layer| LayerPlan {
-        mode: layer.mode,
-        widths: layer.widths,
-    });
-    Ok(ParallelPlan {
-        layers: layers.collect(),
-        batch_weights: chosen.plan.batch.iter().map(|&n| n as f64).collect(),
-    })
+    Ok(chosen.plan)
 }
 
 /// Whether all ranks have the memory.

@@ -8,6 +8,7 @@
 use std::sync::Arc;
 
 use burn::tensor::TensorMetadata;
+use burn::tensor::backend::Backend;
 use burn::tensor::ops::{FloatTensor, IntTensor};
 use hexa_ops::ExpertKernels;
 use hexa_ops::FfnOptions;
@@ -16,10 +17,11 @@ use hexa_ops::backend::{
 };
 
 use super::cache::{PassId, Purpose};
-use super::comm::{Collective, Payload, Pending};
+use super::comm::{Collective, DeviceCollective, Payload, Pending};
 use super::context::{ExpertParallel, ParallelContext};
-use super::host;
 use super::shard::{ExpertShards, HostExperts};
+use super::shard_device::DeviceExperts;
+use super::{host, transfer};
 use crate::error::Result;
 
 /// Output, and what the backward pass needs.
@@ -53,18 +55,28 @@ impl Drop for Retained {
 }
 
 /// Starts the gather of a layer's weights from this rank's slices.
-pub fn start_gather<B: ExpertKernels>(
+pub fn start_gather<B: Backend>(
     parallel: &ExpertParallel,
     weights: FfnWeights<FloatTensor<B>>,
 ) -> Result<Pending> {
-    let part = HostExperts {
-        w1: host::read::<B>(weights.w1, "w1")?,
-        b1: weights
-            .b1
-            .map_or(Ok(Vec::new()), |b1| host::read::<B>(b1, "b1"))?,
-        w2: host::read::<B>(weights.w2, "w2")?,
+    let comm = parallel.context.comm();
+    let counts = parallel.shards.counts();
+    let collective = if transfer::on_device::<B>(comm, &weights.w1).is_some() {
+        let part = DeviceExperts::<B>::new(weights.w1, weights.b1, weights.w2).pack();
+        let part = Some(transfer::wrap(part));
+        Collective::OnDevice(DeviceCollective::AllGatherV { part, counts })
+    } else {
+        let part = HostExperts {
+            w1: host::read::<B>(weights.w1, "w1")?,
+            b1: weights
+                .b1
+                .map_or(Ok(Vec::new()), |b1| host::read::<B>(b1, "b1"))?,
+            w2: host::read::<B>(weights.w2, "w2")?,
+        };
+        let data = Payload::F32(ExpertShards::pack(part));
+        Collective::AllGatherV { data, counts }
     };
-    Ok(start(parallel, part))
+    Ok(comm.start(&parallel.name("expert weights"), collective))
 }
 
 /// The whole layer's weights, on the device of this rank's slices.
@@ -74,7 +86,19 @@ pub fn finish_gather<B: ExpertKernels>(
     pending: Pending,
 ) -> Result<FfnWeights<FloatTensor<B>>> {
     let shards = &parallel.shards;
-    let whole = shards.assemble(&pending.wait()?.into_f32());
+    let payload = pending.wait()?;
+    if let Payload::Device(parts) = &payload
+        && let Some(parts) = parts.get::<B>()
+    {
+        let whole = DeviceExperts::<B>::assemble(shards, transfer::flat::<B>(parts));
+        return Ok(FfnWeights {
+            w1: whole.w1.into_primitive().tensor(),
+            b1: whole.b1.map(|b1| b1.into_primitive().tensor()),
+            w2: whole.w2.into_primitive().tensor(),
+            b2: own.b2.clone(),
+        });
+    }
+    let whole = shards.assemble(&payload.into_f32());
     let (device, dtype) = (B::float_device(&own.w1), own.w1.dtype());
     let (experts, d_model, d_ff) = (shards.num_experts, shards.d_model, shards.d_ff());
     let columns = shards.columns(d_ff);
@@ -181,8 +205,8 @@ pub fn backward<B: ExpertKernels>(
         },
     });
     let pending = if exchange {
-        let addend = has_tokens.then(|| pack_grads::<B>(parallel, &grads));
-        Some(start_reduction(parallel, addend.transpose()?))
+        let grads = has_tokens.then_some(&grads);
+        Some(start_reduction::<B>(parallel, grads)?)
     } else {
         None
     };
@@ -197,9 +221,7 @@ pub fn backward<B: ExpertKernels>(
         ..grads
     };
     if let Some(pending) = pending {
-        let rank = parallel.context.rank();
-        let part = parallel.shards.unpack(rank, pending.wait()?.into_f32());
-        super::executor::write_slices::<B>(&mut out, part, &own, needs);
+        finish_reduction::<B>(parallel, pending, &mut out, &own, needs)?;
     }
     Ok(out)
 }
@@ -225,8 +247,57 @@ fn gather_again<B: ExpertKernels>(
     Ok(weights)
 }
 
+/// Starts the sum of all ranks' weight gradients, which scatters them to their owners; `None` for
+/// zeros.
+pub fn start_reduction<B: ExpertKernels>(
+    parallel: &ExpertParallel,
+    grads: Option<&FfnGrads<FloatTensor<B>>>,
+) -> Result<Pending> {
+    let comm = parallel.context.comm();
+    let counts = parallel.shards.counts();
+    let collective = match grads.map(|grads| (grads, &grads.w1, &grads.w2)) {
+        Some((grads, Some(w1), Some(w2))) if transfer::on_device::<B>(comm, w1).is_some() => {
+            let grads = DeviceExperts::<B>::new(w1.clone(), grads.b1.clone(), w2.clone());
+            let addend = Some(transfer::wrap(grads.scatter(&parallel.shards)));
+            Collective::OnDevice(DeviceCollective::ReduceScatterV { addend, counts })
+        }
+        _ => {
+            let data = grads.map(|grads| pack_grads::<B>(parallel, grads));
+            let data = data.transpose()?;
+            Collective::ReduceScatterV { data, counts }
+        }
+    };
+    Ok(comm.start(&parallel.name("expert weight gradients"), collective))
+}
+
+/// Puts this rank's part of the sum, as far as wanted, into `out`.
+pub fn finish_reduction<B: ExpertKernels>(
+    parallel: &ExpertParallel,
+    pending: Pending,
+    out: &mut FfnGrads<FloatTensor<B>>,
+    own: &FfnWeights<FloatTensor<B>>,
+    needs: FfnNeeds,
+) -> Result<()> {
+    let rank = parallel.context.rank();
+    let payload = pending.wait()?;
+    if let Payload::Device(part) = &payload
+        && let Some(part) = part.get::<B>()
+    {
+        let part = transfer::flat::<B>(part);
+        let part = DeviceExperts::<B>::unpack(&parallel.shards, rank, part);
+        out.w1 = needs.w1.then(|| part.w1.into_primitive().tensor());
+        let b1 = part.b1.filter(|_| needs.b1);
+        out.b1 = b1.map(|b1| b1.into_primitive().tensor());
+        out.w2 = needs.w2.then(|| part.w2.into_primitive().tensor());
+    } else {
+        let part = parallel.shards.unpack(rank, payload.into_f32());
+        super::executor::write_slices::<B>(out, part, own, needs);
+    }
+    Ok(())
+}
+
 /// Whole weight gradients as all ranks' parts.
-pub fn pack_grads<B: ExpertKernels>(
+fn pack_grads<B: ExpertKernels>(
     parallel: &ExpertParallel,
     grads: &FfnGrads<FloatTensor<B>>,
 ) -> Result<Vec<f32>> {
@@ -241,30 +312,16 @@ pub fn pack_grads<B: ExpertKernels>(
     }))
 }
 
-/// Starts to sum the parts and to give each rank its own.
-pub fn start_reduction(parallel: &ExpertParallel, data: Option<Vec<f32>>) -> Pending {
-    let counts = parallel.shards.counts();
-    let name = parallel.name("expert weight gradients");
-    let collective = Collective::ReduceScatterV { data, counts };
-    parallel.context.comm().start(&name, collective)
-}
-
 /// Starts the gather for the layer's next forward pass.
-pub fn prefetch(parallel: &ExpertParallel, part: HostExperts) -> Result<()> {
+pub fn prefetch<B: Backend>(
+    parallel: &ExpertParallel,
+    weights: FfnWeights<FloatTensor<B>>,
+) -> Result<()> {
     let cache = parallel.context.cache();
     let purpose = Purpose::Forward {
         layer: parallel.layer,
     };
     cache.start(purpose, parallel.shards.whole_bytes(), || {
-        Ok(start(parallel, part))
+        start_gather::<B>(parallel, weights)
     })
-}
-
-fn start(parallel: &ExpertParallel, part: HostExperts) -> Pending {
-    let collective = Collective::AllGatherV {
-        data: Payload::F32(ExpertShards::pack(part)),
-        counts: parallel.shards.counts(),
-    };
-    let name = parallel.name("expert weights");
-    parallel.context.comm().start(&name, collective)
 }

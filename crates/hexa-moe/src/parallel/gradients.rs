@@ -1,13 +1,17 @@
 //! Gradients of replicated parameters: sums over ranks, in buckets.
 
+use core::ops::Range;
+use std::collections::HashMap;
+
 use burn::module::{AutodiffModule, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::backend::{AutodiffBackend, Backend};
-use burn::tensor::{Tensor, TensorPrimitive};
+use burn::tensor::ops::FloatTensor;
+use burn::tensor::{DType, Tensor, TensorPrimitive};
 
-use super::comm::{Collective, Pending};
+use super::comm::{Collective, Communicator, DeviceCollective, DeviceTensor, Payload, Pending};
 use super::context::ParallelContext;
-use super::host;
+use super::{host, transfer};
 use crate::error::Result;
 
 /// Elements of a bucket; a larger parameter is a bucket of its own. 16 MiB.
@@ -67,18 +71,16 @@ where
         context,
         grads,
         found: Vec::new(),
-        failure: None,
     };
     module.visit(&mut collect);
-    let (found, failure) = (collect.found, collect.failure);
-    failure.map_or(Ok(()), Err)?;
+    let found = collect.found;
 
-    let present = found.iter().map(|g| u32::from(g.data.is_some())).collect();
+    let present = found.iter().map(|g| u32::from(g.grad.is_some())).collect();
     let all = context
         .comm()
         .all_gather_u32("which gradients there are", present)?;
     let on_any_rank = |i: usize| all.iter().skip(i).step_by(found.len()).any(|&p| p == 1);
-    let wanted: Vec<Found> = (0..found.len())
+    let wanted: Vec<Found<B::InnerBackend>> = (0..found.len())
         .map(on_any_rank)
         .collect::<Vec<_>>()
         .into_iter()
@@ -86,16 +88,15 @@ where
         .filter_map(|(wanted, gradient)| wanted.then_some(gradient))
         .collect();
 
-    let mut sums = Vec::with_capacity(wanted.len());
-    let mut ids = Vec::with_capacity(wanted.len());
-    for bucket in start_buckets(context, wanted) {
-        let mut data = bucket.pending.wait()?.into_f32().into_iter();
+    let mut sums = HashMap::new();
+    for bucket in start_buckets(context, wanted)? {
+        let sum: Sum<B::InnerBackend> = Sum::new(bucket.pending.wait()?);
+        let mut start = 0;
         for (id, len) in bucket.parts {
-            ids.push(id);
-            sums.push(data.by_ref().take(len).collect::<Vec<f32>>());
+            sums.insert(id, sum.part(start..start + len));
+            start += len;
         }
     }
-    let sums = ids.into_iter().zip(sums).collect();
     module.visit(&mut Replace { grads, sums });
     Ok(())
 }
@@ -136,10 +137,10 @@ where
 }
 
 /// A replicated parameter's gradient.
-struct Found {
+struct Found<B: Backend> {
     id: ParamId,
     len: usize,
-    data: Option<Vec<f32>>,
+    grad: Option<Tensor<B, 1>>,
 }
 
 struct Bucket {
@@ -147,77 +148,141 @@ struct Bucket {
     pending: Pending,
 }
 
-fn start_buckets(context: &ParallelContext, gradients: Vec<Found>) -> Vec<Bucket> {
-    let mut buckets: Vec<Bucket> = Vec::new();
-    let mut parts = Vec::new();
-    let mut data = Vec::new();
-    let mut close = |parts: &mut Vec<_>, data: &mut Vec<f32>| {
-        if parts.is_empty() {
-            return;
+/// The summed gradients of a bucket, or of one parameter.
+enum Sum<B: Backend> {
+    Host(Vec<f32>),
+    Device(Tensor<B, 1>),
+}
+
+impl<B: Backend> Sum<B> {
+    fn new(payload: Payload) -> Self {
+        if let Payload::Device(sum) = &payload
+            && let Some(sum) = sum.get::<B>()
+        {
+            return Sum::Device(transfer::flat::<B>(sum));
         }
-        let name = format!("gradients, bucket {}", buckets.len());
-        let data = core::mem::take(data);
-        buckets.push(Bucket {
-            parts: core::mem::take(parts),
-            pending: context.comm().start(&name, Collective::AllReduce { data }),
-        });
-    };
-    for gradient in gradients {
-        if data.len() + gradient.len > BUCKET_ELEMENTS {
-            close(&mut parts, &mut data);
-        }
-        parts.push((gradient.id, gradient.len));
-        match gradient.data {
-            Some(values) => data.extend(values),
-            None => data.resize(data.len() + gradient.len, 0.0),
+        Sum::Host(payload.into_f32())
+    }
+
+    fn part(&self, range: Range<usize>) -> Self {
+        match self {
+            Sum::Host(data) => Sum::Host(data[range].to_vec()),
+            Sum::Device(sum) => Sum::Device(sum.clone().slice_dim(0, range)),
         }
     }
-    close(&mut parts, &mut data);
-    buckets
+}
+
+fn start_buckets<B: Backend>(
+    context: &ParallelContext,
+    gradients: Vec<Found<B>>,
+) -> Result<Vec<Bucket>> {
+    let mut buckets: Vec<Bucket> = Vec::new();
+    let mut open: Vec<Found<B>> = Vec::new();
+    let mut elements = 0;
+    for gradient in gradients {
+        if elements + gradient.len > BUCKET_ELEMENTS && !open.is_empty() {
+            buckets.push(start_bucket(context, buckets.len(), &open)?);
+            open.clear();
+            elements = 0;
+        }
+        elements += gradient.len;
+        open.push(gradient);
+    }
+    if !open.is_empty() {
+        buckets.push(start_bucket(context, buckets.len(), &open)?);
+    }
+    Ok(buckets)
+}
+
+fn start_bucket<B: Backend>(
+    context: &ParallelContext,
+    number: usize,
+    gradients: &[Found<B>],
+) -> Result<Bucket> {
+    let comm = context.comm();
+    let collective = match on_device(comm, gradients) {
+        Some(addend) => Collective::OnDevice(DeviceCollective::AllReduce { addend }),
+        None => {
+            let mut data = Vec::with_capacity(gradients.iter().map(|g| g.len).sum());
+            for gradient in gradients {
+                match &gradient.grad {
+                    Some(grad) => data.extend(read(grad.clone())?),
+                    None => data.resize(data.len() + gradient.len, 0.0),
+                }
+            }
+            Collective::AllReduce { data }
+        }
+    };
+    Ok(Bucket {
+        parts: gradients.iter().map(|g| (g.id, g.len)).collect(),
+        pending: comm.start(&format!("gradients, bucket {number}"), collective),
+    })
+}
+
+/// A bucket for an engine that takes all of its gradients where they are.
+fn on_device<B: Backend>(comm: &dyn Communicator, gradients: &[Found<B>]) -> Option<DeviceTensor> {
+    let device = gradients
+        .iter()
+        .find_map(|g| Some(g.grad.as_ref()?.device()))?;
+    let mut pieces = Vec::new();
+    for gradient in gradients.iter().filter(|g| g.len > 0) {
+        let grad = match &gradient.grad {
+            Some(grad) => grad.clone(),
+            None => Tensor::zeros([gradient.len], (&device, DType::F32)),
+        };
+        transfer::on_device::<B>(comm, &grad.clone().into_primitive().tensor())?;
+        pieces.push(grad);
+    }
+    (!pieces.is_empty()).then(|| transfer::wrap(Tensor::cat(pieces, 0)))
+}
+
+fn primitive<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> FloatTensor<B> {
+    tensor.into_primitive().tensor()
 }
 
 fn read<B: Backend, const D: usize>(grad: Tensor<B, D>) -> Result<Vec<f32>> {
-    host::read::<B>(grad.into_primitive().tensor(), "gradient")
+    host::read::<B>(primitive(grad), "gradient")
 }
 
-struct Collect<'a> {
+struct Collect<'a, B: Backend> {
     context: &'a ParallelContext,
     grads: &'a GradientsParams,
-    found: Vec<Found>,
-    failure: Option<crate::MoeError>,
+    found: Vec<Found<B>>,
 }
 
-impl<B: AutodiffBackend> ModuleVisitor<B> for Collect<'_> {
+impl<B: AutodiffBackend> ModuleVisitor<B> for Collect<'_, B::InnerBackend> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         if self.context.is_sharded(param.id) || !param.val().is_require_grad() {
             return;
         }
         let grad = self.grads.get::<B::InnerBackend, D>(param.id);
-        match grad.map(read).transpose() {
-            Ok(data) => self.found.push(Found {
-                id: param.id,
-                len: param.val().shape().num_elements(),
-                data,
-            }),
-            Err(error) => self.failure = Some(error),
-        }
+        self.found.push(Found {
+            id: param.id,
+            len: param.val().shape().num_elements(),
+            grad: grad.map(|grad| transfer::flat::<B::InnerBackend>(primitive(grad))),
+        });
     }
 }
 
-struct Replace<'a> {
+struct Replace<'a, B: Backend> {
     grads: &'a mut GradientsParams,
-    sums: std::collections::HashMap<ParamId, Vec<f32>>,
+    sums: HashMap<ParamId, Sum<B>>,
 }
 
-impl<B: AutodiffBackend> ModuleVisitor<B> for Replace<'_> {
+impl<B: AutodiffBackend> ModuleVisitor<B> for Replace<'_, B::InnerBackend> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         let Some(sum) = self.sums.remove(&param.id) else {
             return;
         };
         let tensor = param.val();
-        let sum =
-            host::write::<B::InnerBackend>(sum, tensor.dims(), tensor.dtype(), &tensor.device());
-        let sum = Tensor::<B::InnerBackend, D>::from_primitive(TensorPrimitive::Float(sum));
+        let sum = match sum {
+            Sum::Host(sum) => {
+                let (dtype, device) = (tensor.dtype(), tensor.device());
+                let sum = host::write::<B::InnerBackend>(sum, tensor.dims(), dtype, &device);
+                Tensor::<B::InnerBackend, D>::from_primitive(TensorPrimitive::Float(sum))
+            }
+            Sum::Device(sum) => sum.reshape(tensor.dims()).cast(tensor.dtype()),
+        };
         self.grads.register(param.id, sum);
     }
 }

@@ -73,16 +73,15 @@ pub(crate) fn prefetch<B: ExpertOps>(moe: &Moe<B>, parallel: &ExpertParallel) ->
     parallel.context.check()?;
     check_slices(moe, parallel)?;
     let experts = &moe.experts;
-    let read = |tensor: Tensor<B, 3>, name| read_param(tensor, name);
-    let part = super::shard::HostExperts {
-        w1: read(experts.w1.val(), "w1")?,
-        b1: match &experts.b1 {
-            Some(b1) => read_param(b1.val(), "b1")?,
-            None => Vec::new(),
-        },
-        w2: read(experts.w2.val(), "w2")?,
+    let float3 = |t: Tensor<B, 3>| t.detach().into_primitive().tensor();
+    let float2 = |t: Tensor<B, 2>| t.detach().into_primitive().tensor();
+    let weights = FfnWeights {
+        w1: float3(experts.w1.val()),
+        b1: experts.b1.as_ref().map(|b1| float2(b1.val())),
+        w2: float3(experts.w2.val()),
+        b2: None,
     };
-    super::data_centric::prefetch(parallel, part)
+    super::data_centric::prefetch::<B>(parallel, weights)
 }
 
 fn read_param<B: ExpertOps, const D: usize>(

@@ -30,7 +30,9 @@ mod plan;
 mod rebalance;
 mod setup;
 mod shard;
+mod shard_device;
 mod split;
+mod transfer;
 
 pub use cache::GatherCache;
 pub use comm::Communicator;

@@ -5,6 +5,7 @@
 //! gradients are gathered; gradients of the own slice need no exchange; those of tokens and gates
 //! are summed and scattered. Source: arXiv:2411.01288v4, section 4.3.
 
+use burn::tensor::backend::Backend;
 use burn::tensor::ops::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Int, Tensor, TensorMetadata};
 use hexa_ops::backend::{
@@ -14,7 +15,7 @@ use hexa_ops::{ExpertKernels, FfnOptions};
 
 use super::comm::{Collective, Payload, Pending};
 use super::context::ExpertParallel;
-use super::host;
+use super::{host, transfer};
 use crate::error::Result;
 
 /// Output, and what the backward pass needs.
@@ -50,31 +51,33 @@ fn elements(tokens_per_rank: &[usize], width: usize) -> Vec<usize> {
 }
 
 /// Starts to gather rows that each rank has some of.
-pub fn start_gather(
+pub fn start_gather<B: Backend>(
     parallel: &ExpertParallel,
-    tensor: &str,
-    data: Payload,
+    tensor: &'static str,
+    part: FloatTensor<B>,
     counts: Vec<usize>,
-) -> Pending {
-    let collective = Collective::AllGatherV { data, counts };
-    parallel
-        .context
-        .comm()
-        .start(&parallel.name(tensor), collective)
+) -> Result<Pending> {
+    let comm = parallel.context.comm();
+    transfer::all_gather::<B>(comm, &parallel.name(tensor), part, tensor, counts)
 }
 
 /// Starts to sum everybody's rows and to give each rank its own.
-pub fn start_reduction(
+pub fn start_reduction<B: Backend>(
     parallel: &ExpertParallel,
-    tensor: &str,
-    data: Option<Vec<f32>>,
+    tensor: &'static str,
+    addend: Option<FloatTensor<B>>,
     counts: Vec<usize>,
-) -> Pending {
-    let collective = Collective::ReduceScatterV { data, counts };
-    parallel
-        .context
-        .comm()
-        .start(&parallel.name(tensor), collective)
+) -> Result<Pending> {
+    let comm = parallel.context.comm();
+    transfer::reduce_scatter::<B>(comm, &parallel.name(tensor), addend, tensor, counts)
+}
+
+/// Expert ids are few, and go through the host.
+fn start_gather_of_ids(parallel: &ExpertParallel, ids: Vec<u32>, counts: Vec<usize>) -> Pending {
+    let data = Payload::U32(ids);
+    let collective = Collective::AllGatherV { data, counts };
+    let name = parallel.name("expert ids");
+    parallel.context.comm().start(&name, collective)
 }
 
 /// The weights as this rank computes with them: only one rank adds the second bias.
@@ -98,20 +101,17 @@ pub fn forward<B: ExpertKernels>(
     let tokens: usize = tokens_per_rank.iter().sum();
 
     let rows = |width| elements(tokens_per_rank, width);
-    let x = Payload::F32(host::read::<B>(inputs.x, "x")?);
-    let gates = Payload::F32(host::read::<B>(inputs.gates, "gate weights")?);
     let ids = host::read_ids(Tensor::<B, 2, Int>::from_primitive(inputs.expert_ids))?;
-    let x = start_gather(parallel, "tokens", x, rows(d_model));
-    let gates = start_gather(parallel, "gate weights", gates, rows(top_k));
-    let ids = start_gather(parallel, "expert ids", Payload::U32(ids), rows(top_k));
-    let (x, gates, ids) = (x.wait()?, gates.wait()?, ids.wait()?);
+    let x = start_gather::<B>(parallel, "tokens", inputs.x, rows(d_model))?;
+    let gates = start_gather::<B>(parallel, "gate weights", inputs.gates, rows(top_k))?;
+    let ids = start_gather_of_ids(parallel, ids, rows(top_k));
 
     let mut computed = None;
     let mut addend = None;
     if parallel.shards.widths[rank] > 0 && tokens > 0 {
-        let x = host::write::<B>(x.into_f32(), [tokens, d_model], dtype, &device);
-        let gates = host::write::<B>(gates.into_f32(), [tokens, top_k], dtype, &device);
-        let ids = host::write_ids::<B>(ids.into_u32(), [tokens, top_k], &device);
+        let x = transfer::finish::<B>(x, [tokens, d_model], dtype, &device)?;
+        let gates = transfer::finish::<B>(gates, [tokens, top_k], dtype, &device)?;
+        let ids = host::write_ids::<B>(ids.wait()?.into_u32(), [tokens, top_k], &device);
         let index = B::expert_index(ids, parallel.shards.num_experts);
         let out = <B as ExpertKernels>::expert_ffn(
             x.clone(),
@@ -121,7 +121,7 @@ pub fn forward<B: ExpertKernels>(
             inputs.options,
             inputs.dropout_seed.clone(),
         );
-        addend = Some(host::read::<B>(out.output, "partial outputs")?);
+        addend = Some(out.output);
         computed = Some(Computed {
             x,
             gates,
@@ -130,10 +130,14 @@ pub fn forward<B: ExpertKernels>(
             options: inputs.options,
             dropout_seed: inputs.dropout_seed,
         });
+    } else {
+        for pending in [x, gates, ids] {
+            pending.wait()?;
+        }
     }
-    let output = start_reduction(parallel, "outputs", addend, rows(d_model)).wait()?;
+    let output = start_reduction::<B>(parallel, "outputs", addend, rows(d_model))?;
     let shape = [tokens_per_rank[rank], d_model];
-    let output = host::write::<B>(output.into_f32(), shape, dtype, &device);
+    let output = transfer::finish::<B>(output, shape, dtype, &device)?;
     let saved = Saved {
         tokens_per_rank: tokens_per_rank.to_vec(),
         top_k,
@@ -157,8 +161,7 @@ pub fn backward<B: ExpertKernels>(
     let rows = |width| elements(&saved.tokens_per_rank, width);
     let tokens: usize = saved.tokens_per_rank.iter().sum();
 
-    let grad_output = Payload::F32(host::read::<B>(grad_output, "output gradients")?);
-    let all = start_gather(parallel, "output gradients", grad_output, rows(d_model)).wait()?;
+    let all = start_gather::<B>(parallel, "output gradients", grad_output, rows(d_model))?;
 
     let mut grads = FfnGrads {
         x: None,
@@ -171,7 +174,7 @@ pub fn backward<B: ExpertKernels>(
     if let Some(computed) = saved.computed {
         let weights = own_weights(parallel, own.clone());
         grads = <B as ExpertKernels>::expert_ffn_backward(FfnBackwardArgs {
-            grad_output: host::write::<B>(all.into_f32(), [tokens, d_model], dtype, &device),
+            grad_output: transfer::finish::<B>(all, [tokens, d_model], dtype, &device)?,
             x: computed.x,
             gates: computed.gates,
             // Whether this rank's own tokens need gradients says nothing about the others'.
@@ -187,22 +190,15 @@ pub fn backward<B: ExpertKernels>(
             options: computed.options,
             dropout_seed: computed.dropout_seed,
         });
+    } else {
+        all.wait()?;
     }
-    let read = |grad: Option<FloatTensor<B>>, name| {
-        grad.map(|grad| host::read::<B>(grad, name)).transpose()
-    };
-    let x = read(grads.x.take(), "gradient of x")?;
-    let gates = read(grads.gates.take(), "gradient of the gate weights")?;
-    let x = start_reduction(parallel, "token gradients", x, rows(d_model));
-    let gates = start_reduction(parallel, "gate gradients", gates, rows(top_k));
-    let own_rows = |pending: Pending, width| -> Result<FloatTensor<B>> {
+    let (x, gates) = (grads.x.take(), grads.gates.take());
+    let x = start_reduction::<B>(parallel, "token gradients", x, rows(d_model))?;
+    let gates = start_reduction::<B>(parallel, "gate gradients", gates, rows(top_k))?;
+    let own_rows = |pending: Pending, width| {
         let shape = [saved.tokens_per_rank[rank], width];
-        Ok(host::write::<B>(
-            pending.wait()?.into_f32(),
-            shape,
-            dtype,
-            &device,
-        ))
+        transfer::finish::<B>(pending, shape, dtype, &device)
     };
     grads.x = Some(own_rows(x, d_model)?);
     grads.gates = Some(own_rows(gates, top_k)?);

@@ -1,13 +1,20 @@
 //! Ranks as processes. Started by itself, this launches its scenarios under `mpirun`; started by
-//! `mpirun`, it is a rank of one. Arguments filter scenarios by name.
+//! `mpirun`, it is a rank of one. Arguments filter scenarios by name. It reports as the standard
+//! test harness does.
 
 #[allow(dead_code, reason = "shared with the tests of ranks as threads")]
 #[path = "../parallel/equivalence.rs"]
 mod equivalence;
+#[cfg(feature = "nccl")]
+#[path = "../nccl/collectives.rs"]
+mod nccl_collectives;
+#[path = "../nccl/shared.rs"]
+mod shared;
 #[allow(dead_code, reason = "shared with the tests of the layer on one device")]
 #[path = "../moe/support.rs"]
 mod support;
 
+use std::path::Path;
 use std::process::{Command, ExitCode, Output, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,9 +23,11 @@ use burn::backend::Autodiff;
 use hexa_moe::backends::Cpu;
 use hexa_moe::parallel::Communicator;
 use hexa_moe::parallel::comm::mpi::MpiCommunicator;
-use hexa_moe::parallel::comm::{Collective, CommError, CommResult, Pending};
+use hexa_moe::parallel::comm::{Collective, CommResult};
+use hexa_ops::testing::backend::skip;
 
 use equivalence::{cases, check};
+use shared::Shared;
 
 type Ad = Autodiff<Cpu>;
 
@@ -90,15 +99,76 @@ const SCENARIOS: &[Scenario] = &[
     },
     #[cfg(feature = "wgpu")]
     Scenario {
-        name: "mixed",
-        ranks: 2,
+        name: "mixed_wgpu",
+        ranks: 3,
         succeeds: true,
         says: &[
             "rank 0 (wgpu): 8 cases equal",
             "rank 1 (cpu): 8 cases equal",
+            "rank 2 (cpu): 8 cases equal",
         ],
     },
+    #[cfg(feature = "cuda")]
+    Scenario {
+        name: "mixed_cuda",
+        ranks: 2,
+        succeeds: true,
+        says: &[
+            "rank 0 (cuda): 8 cases equal",
+            "rank 1 (cpu): 8 cases equal",
+        ],
+    },
+    #[cfg(feature = "nccl")]
+    nccl(1),
+    #[cfg(feature = "nccl")]
+    nccl(2),
 ];
+
+/// Each rank with a GPU of its own; MPI only brings them together.
+#[cfg(feature = "nccl")]
+const fn nccl(ranks: usize) -> Scenario {
+    Scenario {
+        name: "nccl",
+        ranks,
+        succeeds: true,
+        says: &["rank 0: NCCL's collectives and layers as expected"],
+    }
+}
+
+impl Scenario {
+    fn title(&self) -> String {
+        format!("{}_on_{}_ranks", self.name, self.ranks)
+    }
+
+    /// Why this machine cannot run it.
+    fn obstacle(&self) -> Option<String> {
+        let mpirun = Command::new("mpirun").arg("--version").output();
+        if mpirun.is_err() {
+            return Some("mpirun is missing; install openmpi-bin".to_owned());
+        }
+        let has_gpu = Path::new("/dev/nvidiactl").exists();
+        if self.name == "mixed_cuda" && !has_gpu {
+            return Some("no NVIDIA GPU".to_owned());
+        }
+        self.nccl_obstacle()
+    }
+
+    #[cfg(feature = "nccl")]
+    fn nccl_obstacle(&self) -> Option<String> {
+        use hexa_moe::parallel::comm::nccl::{device_count, obstacle};
+        if self.name != "nccl" {
+            return None;
+        }
+        let devices = device_count();
+        let few = || (devices < self.ranks).then(|| format!("{devices} CUDA device(s)"));
+        obstacle().or_else(few)
+    }
+
+    #[cfg(not(feature = "nccl"))]
+    fn nccl_obstacle(&self) -> Option<String> {
+        None
+    }
+}
 
 fn main() -> ExitCode {
     if std::env::var_os("OMPI_COMM_WORLD_SIZE").is_some() {
@@ -111,28 +181,50 @@ fn main() -> ExitCode {
             }
         };
     }
-    let filters: Vec<String> = std::env::args()
-        .skip(1)
-        .filter(|a| !a.starts_with('-'))
-        .collect();
-    let mut failed = 0;
-    for scenario in SCENARIOS {
-        let name = format!("{}_on_{}_ranks", scenario.name, scenario.ranks);
-        if !filters.is_empty() && !filters.iter().any(|filter| name.contains(filter)) {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let filters: Vec<&String> = arguments.iter().filter(|a| !a.starts_with('-')).collect();
+    let (scenarios, others): (Vec<_>, Vec<_>) = SCENARIOS.iter().partition(|scenario| {
+        filters.is_empty() || filters.iter().any(|f| scenario.title().contains(*f))
+    });
+    if arguments.iter().any(|a| a == "--list") {
+        scenarios
+            .iter()
+            .for_each(|s| println!("{}: test", s.title()));
+        return ExitCode::SUCCESS;
+    }
+    run(&scenarios, others.len())
+}
+
+/// Runs scenarios one after the other and reports as the standard harness does.
+fn run(scenarios: &[&Scenario], filtered_out: usize) -> ExitCode {
+    println!("\nrunning {} tests", scenarios.len());
+    let start = Instant::now();
+    let (mut passed, mut failed, mut ignored) = (0, 0, 0);
+    for scenario in scenarios {
+        let title = scenario.title();
+        if let Some(reason) = scenario.obstacle() {
+            skip(&title, &reason);
+            println!("test {title} ... ignored, {reason}");
+            ignored += 1;
             continue;
         }
-        let start = Instant::now();
         match launch(scenario) {
-            Ok(()) => println!(
-                "test {name} ... ok ({:.1} s)",
-                start.elapsed().as_secs_f32()
-            ),
+            Ok(()) => {
+                passed += 1;
+                println!("test {title} ... ok");
+            }
             Err(error) => {
                 failed += 1;
-                println!("test {name} ... FAILED\n{error}");
+                println!("{error}\ntest {title} ... FAILED");
             }
         }
     }
+    let verdict = if failed == 0 { "ok" } else { "FAILED" };
+    println!(
+        "\ntest result: {verdict}. {passed} passed; {failed} failed; {ignored} ignored; 0 measured; \
+         {filtered_out} filtered out; finished in {:.2}s\n",
+        start.elapsed().as_secs_f32()
+    );
     ExitCode::from(u8::from(failed > 0))
 }
 
@@ -170,26 +262,6 @@ fn launch(scenario: &Scenario) -> Result<(), String> {
     }
 }
 
-/// A process has one MPI communicator; its cases share it one after the other.
-#[derive(Debug, Clone)]
-struct Shared(Arc<MpiCommunicator>);
-
-impl Communicator for Shared {
-    fn rank(&self) -> usize {
-        self.0.rank()
-    }
-    fn world_size(&self) -> usize {
-        self.0.world_size()
-    }
-    fn start(&self, tensor: &str, collective: Collective) -> Pending {
-        self.0.start(tensor, collective)
-    }
-    fn leave(&self) {}
-    fn failure(&self) -> Option<CommError> {
-        self.0.failure()
-    }
-}
-
 fn rank(scenario: &str) -> Result<(), String> {
     let seconds = if scenario == "hang" { 2 } else { 120 };
     let comm = MpiCommunicator::init(Duration::from_secs(seconds)).map_err(|e| e.to_string())?;
@@ -205,7 +277,11 @@ fn rank(scenario: &str) -> Result<(), String> {
             println!("rank {rank}: {} cases equal one device", cases.len());
         }
         #[cfg(feature = "wgpu")]
-        "mixed" => mixed(comm)?,
+        "mixed_wgpu" => mixed::<hexa_moe::backends::Wgpu>(comm, "wgpu")?,
+        #[cfg(feature = "cuda")]
+        "mixed_cuda" => mixed::<hexa_moe::backends::Cuda>(comm, "cuda")?,
+        #[cfg(feature = "nccl")]
+        "nccl" => over_nccl(comm)?,
         "collectives" => {
             collectives(&comm).map_err(|e| e.to_string())?;
             println!("rank {rank}: as expected");
@@ -276,14 +352,13 @@ fn collectives(comm: &MpiCommunicator) -> CommResult<()> {
     comm.barrier("end")
 }
 
-/// A Vulkan rank and a CPU rank in one job.
-#[cfg(feature = "wgpu")]
-fn mixed(comm: MpiCommunicator) -> Result<(), String> {
-    use hexa_moe::backends::Wgpu;
+/// The first rank on a device's back-end, the others on the CPU, in one job.
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+fn mixed<D: hexa_ops::ExpertKernels>(comm: MpiCommunicator, device: &str) -> Result<(), String> {
     let rank = comm.rank();
     let comm = Shared(Arc::new(comm));
     // A rank without tokens is the CPU's in these cases, one without a slice too.
-    let cases: Vec<_> = cases(2)
+    let cases: Vec<_> = cases(comm.world_size())
         .into_iter()
         .enumerate()
         .filter(|(i, _)| i % 9 % 2 == 0 && i % 9 != 8)
@@ -294,13 +369,41 @@ fn mixed(comm: MpiCommunicator) -> Result<(), String> {
         .collect();
     for case in &cases {
         let outcome = if rank == 0 {
-            check::<Autodiff<Wgpu>, Ad>(comm.clone(), case)
+            let mut outcome = Ok(());
+            hexa_ops::testing::watch::watched::<D>(|| {
+                outcome = check::<Autodiff<D>, Ad>(comm.clone(), case);
+            });
+            outcome
         } else {
             check::<Ad, Ad>(comm.clone(), case)
         };
         outcome.map_err(|e| fatal(format!("rank {rank} of {case:?}: {e}")))?;
     }
-    let backend = if rank == 0 { "wgpu" } else { "cpu" };
+    let backend = if rank == 0 { device } else { "cpu" };
     println!("rank {rank} ({backend}): {} cases equal", cases.len());
+    Ok(())
+}
+
+/// Collectives and layers over NCCL; rank `i` has device `i` of this machine.
+#[cfg(feature = "nccl")]
+fn over_nccl(comm: MpiCommunicator) -> Result<(), String> {
+    use hexa_moe::backends::Cuda;
+    use hexa_moe::parallel::comm::nccl::NcclCommunicator;
+    let rank = comm.rank();
+    let timeout = Duration::from_secs(60);
+    let comm = NcclCommunicator::init(comm, rank, timeout).map_err(|e| e.to_string())?;
+    nccl_collectives::on_host(&comm).map_err(|e| e.to_string())?;
+    nccl_collectives::on_device(&comm).map_err(|e| e.to_string())?;
+    let comm = Shared(Arc::new(comm));
+    for case in &shared::cases_without_empty_ranks(comm.world_size()) {
+        let case = equivalence::Case {
+            tolerance: 1e-4,
+            ..case.clone()
+        };
+        let device = comm.0.device();
+        equivalence::check_on::<Autodiff<Cuda>, Ad>(comm.clone(), &case, device)
+            .map_err(|e| fatal(format!("rank {rank} of {case:?}: {e}")))?;
+    }
+    println!("rank {rank}: NCCL's collectives and layers as expected");
     Ok(())
 }

@@ -10,7 +10,7 @@ use hexa_moe::parallel::{
     BatchShare, Communicator, ExpertShards, HostExperts, Mode, ParallelContext, exchange_gradients,
     gather_experts, global_squared_norm, parallelize, split_proportional,
 };
-use hexa_moe::{ExpertOps, LoadReport, Moe, MoeConfig, TrainingBackend};
+use hexa_moe::{ExpertOps, LoadReport, MatmulPrecision, Moe, MoeConfig, TrainingBackend};
 use hexa_ops::testing::compare::host;
 
 use crate::support::{Named, Rng, filled};
@@ -41,11 +41,14 @@ pub struct Net<B: Backend> {
 
 impl<B: ExpertOps> Net<B> {
     pub fn new(config: &MoeConfig, layers: usize) -> Self {
-        let device = B::Device::default();
+        Self::on(config, layers, &B::Device::default())
+    }
+
+    fn on(config: &MoeConfig, layers: usize, device: &B::Device) -> Self {
         let net = Self {
-            dense: LinearConfig::new(config.d_model, config.d_model).init(&device),
+            dense: LinearConfig::new(config.d_model, config.d_model).init(device),
             layers: (0..layers)
-                .map(|_| config.init(&device).unwrap().without_noise())
+                .map(|_| config.init(device).unwrap().without_noise())
                 .collect(),
         };
         filled(net, 77).0
@@ -62,7 +65,11 @@ impl<B: ExpertOps> Net<B> {
     }
 
     pub fn forward(&self, x: Tensor<B, 2>) -> Result<Forward<B>, String> {
-        let mut x = self.dense.forward(x);
+        // Burn's own product may round to TF32 on CUDA.
+        let (weight, bias) = (self.dense.weight.val(), &self.dense.bias);
+        let bias = bias.as_ref().map(|bias| bias.val());
+        let mut x = hexa_ops::linear(x, weight, bias, MatmulPrecision::Strict)
+            .map_err(|e| e.to_string())?;
         let mut aux_loss = Vec::new();
         let mut load = Vec::new();
         for (i, layer) in self.layers.iter().enumerate() {
@@ -112,9 +119,9 @@ struct Data {
     target: Vec<f64>,
 }
 
-fn rows<B: Backend>(values: &[f64], width: usize) -> Tensor<B, 2> {
+fn rows<B: Backend>(values: &[f64], width: usize, device: &B::Device) -> Tensor<B, 2> {
     let data = TensorData::new(values.to_vec(), [values.len() / width, width]).convert::<f32>();
-    Tensor::from_data(data, &B::Device::default())
+    Tensor::from_data(data, device)
 }
 
 /// Trains `net` on `data`, alone or as a rank of `context`.
@@ -128,8 +135,9 @@ fn train<B: TrainingBackend>(
     let samples = data.x.len() / width;
     let mut first: Option<Run> = None;
     let mut losses = Vec::new();
+    let device = net.dense.weight.device();
     for _ in 0..STEPS {
-        let x = rows::<B>(&data.x, width).require_grad();
+        let x = rows::<B>(&data.x, width, &device).require_grad();
         let out = net.forward(x.clone())?;
         let share = match context {
             Some(context) => BatchShare::exchange(context, samples).map_err(|e| e.to_string())?,
@@ -139,7 +147,7 @@ fn train<B: TrainingBackend>(
             },
         };
         let loss = if samples > 0 {
-            let task = task_loss(out.output.clone(), rows::<B>(&data.target, width));
+            let task = task_loss(out.output.clone(), rows::<B>(&data.target, width, &device));
             share.weigh(task) + out.aux_loss.clone()
         } else {
             out.aux_loss.clone()
@@ -274,6 +282,15 @@ pub fn check<R: TrainingBackend, S: TrainingBackend>(
     comm: impl Communicator + 'static,
     case: &Case,
 ) -> Result<(), String> {
+    check_on::<R, S>(comm, case, &R::Device::default())
+}
+
+/// [`check`] with the rank on this device.
+pub fn check_on<R: TrainingBackend, S: TrainingBackend>(
+    comm: impl Communicator + 'static,
+    case: &Case,
+    device: &R::Device,
+) -> Result<(), String> {
     let width = case.config.d_model;
     let tokens: usize = case.tokens.iter().sum();
     let mut rng = Rng::new(5);
@@ -288,7 +305,7 @@ pub fn check<R: TrainingBackend, S: TrainingBackend>(
     let own = start..start + case.tokens[rank] * width;
     let widths = split_proportional(case.config.d_ff, &case.split, 1).map_err(|e| e.to_string())?;
     let context = ParallelContext::with_cache(comm, case.shared_cache);
-    let net = Net::<R>::new(&case.config, case.layers);
+    let net = Net::<R>::on(&case.config, case.layers, device);
     let net = net.parallel(&context, case.mode, &widths);
     let shards = net.layers[0].parallel.as_ref().unwrap().shards.clone();
     round_trip(&net, &case.config, case.layers)?;
@@ -354,7 +371,8 @@ fn round_trip<B: TrainingBackend>(
     config: &MoeConfig,
     layers: usize,
 ) -> Result<(), String> {
-    let original = Net::<B>::new(config, layers).valid();
+    let device = net.dense.weight.device();
+    let original = Net::<B>::on(config, layers, &device).valid();
     for (slices, original) in net.valid().layers.into_iter().zip(original.layers) {
         let whole = gather_experts(slices).map_err(|e| e.to_string())?.experts;
         let original = original.experts;

@@ -3,7 +3,6 @@
 use burn::backend::Autodiff;
 use burn::module::Module;
 use burn::tensor::Tensor;
-use hexa_moe::Activation;
 use hexa_moe::backends::Cpu;
 use hexa_moe::parallel::fleet::{
     AffineTime, Calibration, FfnCost, FfnShape, Fleet, FleetError, LayerShape, LinkCost, Links,
@@ -11,6 +10,7 @@ use hexa_moe::parallel::fleet::{
     calibrate, choose, predict, width_multiple,
 };
 use hexa_moe::parallel::{LayerPlan, Mode, ParallelContext, ParallelPlan, comm::local};
+use hexa_moe::{Activation, MatmulPrecision};
 use proptest::prelude::*;
 
 fn shape(d_model: usize, d_ff: usize) -> FfnShape {
@@ -21,6 +21,7 @@ fn shape(d_model: usize, d_ff: usize) -> FfnShape {
         top_k: 2,
         activation: Activation::Gelu,
         bias: true,
+        precision: MatmulPrecision::Strict,
     }
 }
 

@@ -1,6 +1,7 @@
 //! Tests of the parallel layer with ranks as threads.
 
 mod cache;
+mod device;
 mod equivalence;
 mod failures;
 mod fleet;

@@ -67,6 +67,15 @@ pub(super) struct Train {
     pub(super) resume: Option<PathBuf>,
     #[command(flatten)]
     pub(super) parallel: Parallel,
+    /// Fleet file that `calibrate` wrote with these settings: shares by measured speed, and the
+    /// faster mode of each layer unless --mode names one.
+    #[arg(
+        long,
+        value_name = "FILE",
+        help_heading = "Several devices",
+        conflicts_with_all = ["split", "resume"]
+    )]
+    pub(super) fleet: Option<PathBuf>,
 }
 
 /// Ranks; each replaces a key of [parallel].

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use hexa_moe::parallel::fleet::Fleet;
 use hexa_ops::TrainingBackend;
 
 use super::Done;
@@ -60,14 +61,23 @@ fn new_run(arguments: arguments::Train, control: Control) -> Result<TrainRequest
         );
         config.train.seed = seed;
     }
-    let config = arguments.parallel.overrides().apply(&config)?;
+    let mut overrides = arguments.parallel.overrides();
+    let fleet = arguments.fleet.as_deref().map(Fleet::load).transpose()?;
+    if let Some(fleet) = &fleet {
+        overrides.ranks.get_or_insert(fleet.world_size());
+    }
+    let config = overrides.apply(&config)?;
+    let plan = match &fleet {
+        Some(fleet) => Some(super::fleet::train_plan(fleet, &config, overrides.mode)?),
+        None => None,
+    };
     let name = run_name(arguments.config.as_deref());
     Ok(TrainRequest {
         output: arguments.output.unwrap_or_else(|| default_output(&name)),
         name,
         config,
         backend: arguments.backend.unwrap_or(BackendKind::Cpu),
-        plan: None,
+        plan,
         control,
     })
 }

@@ -3,14 +3,14 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use hexa_moe::parallel::Mode;
 use hexa_moe::parallel::fleet::{Fleet, FleetError, PlanTable, Prediction};
+use hexa_moe::parallel::{Mode, ParallelPlan};
 
 use super::Done;
 use super::arguments;
 use super::commands::count_classes;
 use crate::backend::BackendKind;
-use crate::config::Config;
+use crate::config::{self, Config, Engine};
 use crate::fleet::{self, CalibrateRequest, FleetJobError};
 use crate::model::SwinMoeConfig;
 use crate::settings::model_config;
@@ -107,6 +107,33 @@ pub(super) fn plan(arguments: arguments::Plan) -> Result<Done> {
     Ok(Done::Success)
 }
 
+/// The plan of a new run on a measured fleet.
+pub(super) fn train_plan(
+    fleet: &Fleet,
+    config: &Config,
+    mode: Option<config::Mode>,
+) -> Result<ParallelPlan> {
+    if config.parallel.engine == Engine::Local && config.parallel.ranks != fleet.world_size() {
+        return Err(FleetError::Ranks {
+            fleet: fleet.world_size(),
+            wanted: config.parallel.ranks,
+        }
+        .into());
+    }
+    let model = model_of(config)?;
+    let mode = mode.map(|mode| match mode {
+        config::Mode::Data => Mode::DataCentric,
+        config::Mode::Model => Mode::ModelCentric,
+    });
+    let chosen = fleet::plan(&model, config.train.batch_size, fleet, mode)?;
+    eprintln!(
+        "planned: samples {:?}, predicted {:.2} ms/step",
+        chosen.plan.batch,
+        1e3 * chosen.step_s
+    );
+    Ok(chosen.plan)
+}
+
 /// Whether all ranks have the memory.
 fn fits(fleet: &Fleet, prediction: &Prediction) -> bool {
     let ranks = fleet.ranks.iter().zip(&prediction.ranks);
@@ -120,10 +147,14 @@ fn fits(fleet: &Fleet, prediction: &Prediction) -> bool {
 /// The settings and the model that they describe.
 fn configured(config: Option<&Path>, set: &[String]) -> Result<(Config, SwinMoeConfig)> {
     let config = Config::load(config, set)?;
+    let model = model_of(&config)?;
+    Ok((config, model))
+}
+
+fn model_of(config: &Config) -> Result<SwinMoeConfig> {
     let num_classes = match config.model.num_classes {
         Some(num_classes) => num_classes,
-        None => count_classes(&config)?,
+        None => count_classes(config)?,
     };
-    let model = model_config(&config, num_classes)?;
-    Ok((config, model))
+    Ok(model_config(config, num_classes)?)
 }

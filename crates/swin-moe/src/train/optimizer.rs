@@ -225,14 +225,14 @@ impl<B: AutodiffBackend> AdamW<B> {
     /// [`TrainError::Device`] if a read fails.
     pub fn state(&self) -> Result<HostTensors> {
         let mut tensors = HostTensors::new();
-        let kinds: [(&str, fn(&Bucket<B::InnerBackend>) -> Option<_>); 3] = [
-            ("first", |bucket| Some(bucket.first())),
-            ("second", |bucket| Some(bucket.second())),
-            (AVERAGE, Bucket::average),
-        ];
-        for (kind, pick) in kinds {
-            for (bucket_index, bucket) in self.buckets.iter().enumerate() {
-                let Some(flat) = pick(bucket) else { continue };
+        for (bucket_index, bucket) in self.buckets.iter().enumerate() {
+            let kinds = [
+                ("first", Some(bucket.first())),
+                ("second", Some(bucket.second())),
+                (AVERAGE, bucket.average()),
+            ];
+            for (kind, flat) in kinds {
+                let Some(flat) = flat else { continue };
                 let flat = read(flat, "the optimizer's moments")?;
                 for slot in self.layout.slots_of(bucket_index) {
                     let values = flat.values[slot.offset..slot.offset + slot.len()].to_vec();

@@ -295,6 +295,30 @@ fn a_measured_fleet_is_planned_for() {
         .sum();
     assert_eq!(samples, 8);
 
+    // The same shares train.
+    let output = dir.path().join("run");
+    let line = format!(
+        "train --max-steps 2 --fleet {} --output {}",
+        fleet.display(),
+        output.display()
+    );
+    let mut train = words(&line);
+    train.extend(sets(&settings));
+    let said = succeed(&train);
+    assert!(
+        said.stderr.contains("planned: samples ["),
+        "{}",
+        said.stderr
+    );
+    assert!(said.stdout.contains("stopped at step 2"), "{}", said.stdout);
+    train.extend(words("--ranks 3"));
+    let said = run(&train);
+    assert!(
+        said.stderr.contains("the fleet has 2 ranks, 3 are wanted"),
+        "{}",
+        said.stderr
+    );
+
     // Measured on another model, or with too little memory.
     arguments.extend(sets(&["moe.num_experts=5"]));
     let said = run(&arguments);

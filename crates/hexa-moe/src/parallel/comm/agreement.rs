@@ -2,7 +2,11 @@
 
 use core::fmt;
 
-use super::{Collective, CommError, CommResult, Payload};
+use super::{Collective, CommError, CommResult, DeviceCollective, Payload};
+
+/// What a rank is about to do, without the data: [`Collective::Announce`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Announcement(pub(super) Header);
 
 /// Announcement of a collective; equal on all ranks but for `sent`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,10 +50,10 @@ impl Header {
         let (kind, counts, sent) = match collective {
             Collective::AllGatherV { data, counts } => {
                 let kind = match data {
-                    Payload::F32(_) => Kind::AllGatherF32,
                     Payload::U32(_) => Kind::AllGatherU32,
+                    Payload::F32(_) | Payload::Device(_) => Kind::AllGatherF32,
                 };
-                (kind, counts.clone(), data.len())
+                (kind, counts.clone(), on_host(data))
             }
             Collective::ReduceScatterV { data, counts } => {
                 let sent = data.as_ref().map_or(0, Vec::len);
@@ -58,12 +62,27 @@ impl Header {
             Collective::AllReduce { data } => (Kind::AllReduce, vec![data.len()], data.len()),
             Collective::Broadcast { data, root, len } => {
                 let kind = match data {
-                    Payload::F32(_) => Kind::BroadcastF32(*root),
                     Payload::U32(_) => Kind::BroadcastU32(*root),
+                    Payload::F32(_) | Payload::Device(_) => Kind::BroadcastF32(*root),
                 };
-                (kind, vec![*len], data.len())
+                (kind, vec![*len], on_host(data))
             }
             Collective::Barrier => (Kind::Barrier, Vec::new(), 0),
+            // Where the data are is each rank's own business.
+            Collective::OnDevice(collective) => match collective {
+                DeviceCollective::AllGatherV { part, counts } => {
+                    let sent = part.as_ref().map_or(0, |part| part.len());
+                    (Kind::AllGatherF32, counts.clone(), sent)
+                }
+                DeviceCollective::ReduceScatterV { addend, counts, .. } => {
+                    let sent = addend.as_ref().map_or(0, |addend| addend.len());
+                    (Kind::ReduceScatter, counts.clone(), sent)
+                }
+                DeviceCollective::AllReduce { addend } => {
+                    (Kind::AllReduce, vec![addend.len()], addend.len())
+                }
+            },
+            Collective::Announce(Announcement(header)) => return header.clone(),
         };
         Self {
             tensor: tensor.to_owned(),
@@ -96,6 +115,14 @@ impl Header {
             }
             Kind::Barrier => [0; 2],
         }
+    }
+}
+
+/// Elements that a collective of the host's can send.
+fn on_host(data: &Payload) -> usize {
+    match data {
+        Payload::Device(_) => 0,
+        data => data.len(),
     }
 }
 

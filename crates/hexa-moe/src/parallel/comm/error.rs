@@ -89,9 +89,19 @@ pub enum CommError {
     /// The engine itself failed.
     #[error("{engine}: {reason}")]
     Engine {
-        /// `local` or `mpi`.
+        /// `local`, `mpi` or `nccl`.
         engine: &'static str,
         /// What it says.
         reason: String,
     },
+}
+
+impl CommError {
+    /// An engine was given what it had not said that it takes.
+    pub(super) fn no_device_path(engine: &'static str) -> Self {
+        Self::Engine {
+            engine,
+            reason: "it moves no tensors on devices; move them through the host".to_owned(),
+        }
+    }
 }

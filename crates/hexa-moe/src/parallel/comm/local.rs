@@ -152,6 +152,10 @@ impl Ticket {
         if let Err(error) = agreement::check(&headers) {
             return Err(self.world.fail(&mut self.world.lock(), error));
         }
+        if let Collective::OnDevice(_) = &deposits[self.rank].collective {
+            let error = CommError::no_device_path("local");
+            return Err(self.world.fail(&mut self.world.lock(), error));
+        }
         Ok(result(&deposits, self.rank))
     }
 }
@@ -185,7 +189,9 @@ fn result(deposits: &[Arc<Deposit>], rank: usize) -> Payload {
         });
     match &deposits[rank].collective {
         Collective::AllGatherV { data, .. } => match data {
-            Payload::F32(_) => Payload::F32(floats.collect::<Vec<_>>().concat()),
+            Payload::F32(_) | Payload::Device(_) => {
+                Payload::F32(floats.collect::<Vec<_>>().concat())
+            }
             Payload::U32(_) => {
                 let parts = deposits
                     .iter()
@@ -209,7 +215,9 @@ fn result(deposits: &[Arc<Deposit>], rank: usize) -> Payload {
             Collective::Broadcast { data, .. } => data.clone(),
             _ => Payload::F32(Vec::new()),
         },
-        Collective::Barrier => Payload::F32(Vec::new()),
+        Collective::Barrier | Collective::OnDevice(_) | Collective::Announce(_) => {
+            Payload::F32(Vec::new())
+        }
     }
 }
 

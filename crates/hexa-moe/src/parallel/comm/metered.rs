@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Collective, CommError, Communicator, Pending};
+use super::{Collective, CommError, Communicator, DeviceTensor, Pending};
 
 /// What exchanges of one kind of tensor have cost a rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -95,5 +95,9 @@ impl<C: Communicator> Communicator for Metered<C> {
 
     fn failure(&self) -> Option<CommError> {
         self.inner.failure()
+    }
+
+    fn takes(&self, tensor: &DeviceTensor) -> bool {
+        self.inner.takes(tensor)
     }
 }

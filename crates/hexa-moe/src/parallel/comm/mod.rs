@@ -2,24 +2,30 @@
 //!
 //! Every collective is started and waited for; between the two, other work can be done. Before
 //! any data move, ranks compare what they are about to do: a rank that disagrees about the
-//! tensor, the operation or the counts is an error on all ranks, never a hang. Sums are in f32 and
-//! in the order of ranks, so that results do not depend on timing.
+//! tensor, the operation or the counts is an error on all ranks, never a hang. Sums are in f32 and,
+//! but for NCCL's, in the order of ranks, so that results do not depend on timing.
 //!
 //! | engine | ranks are | needs |
 //! |---|---|---|
 //! | [`local`] | threads of one process | nothing |
 //! | `mpi` (feature) | processes, on one or many machines | OpenMPI, `mpirun` |
+//! | `nccl` (feature) | either of these, each with a CUDA GPU of its own | libnccl |
 
 mod agreement;
+mod device;
 mod error;
 pub mod local;
 mod metered;
 #[cfg(feature = "mpi")]
 pub mod mpi;
+#[cfg(feature = "nccl")]
+pub mod nccl;
 #[cfg(any(feature = "mpi", test))]
 mod wire;
 
+pub use agreement::Announcement;
 pub(crate) use agreement::part;
+pub use device::{DeviceCollective, DeviceTensor};
 pub use error::CommError;
 pub use metered::{Meter, Metered, Traffic};
 
@@ -35,6 +41,8 @@ pub enum Payload {
     F32(Vec<f32>),
     /// Ids and counts.
     U32(Vec<u32>),
+    /// Floats that did not leave the device: what [`Collective::OnDevice`] yields.
+    Device(DeviceTensor),
 }
 
 impl Payload {
@@ -43,6 +51,7 @@ impl Payload {
         match self {
             Payload::F32(data) => data.len(),
             Payload::U32(data) => data.len(),
+            Payload::Device(tensor) => tensor.len(),
         }
     }
 
@@ -55,7 +64,7 @@ impl Payload {
     pub fn into_f32(self) -> Vec<f32> {
         match self {
             Payload::F32(data) => data,
-            Payload::U32(_) => Vec::new(),
+            Payload::U32(_) | Payload::Device(_) => Vec::new(),
         }
     }
 
@@ -63,7 +72,7 @@ impl Payload {
     pub fn into_u32(self) -> Vec<u32> {
         match self {
             Payload::U32(data) => data,
-            Payload::F32(_) => Vec::new(),
+            Payload::F32(_) | Payload::Device(_) => Vec::new(),
         }
     }
 }
@@ -101,6 +110,10 @@ pub enum Collective {
     },
     /// Nobody goes on before all have come.
     Barrier,
+    /// A collective of tensors on a device, for engines that [take](Communicator::takes) them.
+    OnDevice(DeviceCollective),
+    /// Ranks only compare what they are about to do, for an engine that moves the data itself.
+    Announce(Announcement),
 }
 
 /// A started collective.
@@ -147,6 +160,12 @@ pub trait Communicator: fmt::Debug + Send + Sync {
 
     /// The failure after which this communicator no longer works.
     fn failure(&self) -> Option<CommError>;
+
+    /// Whether [`Collective::OnDevice`] can move this tensor; if not, it goes through the host.
+    fn takes(&self, tensor: &DeviceTensor) -> bool {
+        let _ = tensor;
+        false
+    }
 
     /// [`Collective::AllGatherV`] of floats, waited for.
     ///

@@ -315,8 +315,8 @@ impl Rank {
         check_counts(tensor, &headers[self.rank])?;
         Ok(match collective {
             Collective::AllGatherV { data, counts } => match data {
-                Payload::F32(data) => Payload::F32(self.all_gather(&data, &counts, 0.0)),
                 Payload::U32(data) => Payload::U32(self.all_gather(&data, &counts, 0)),
+                data => Payload::F32(self.all_gather(&data.into_f32(), &counts, 0.0)),
             },
             Collective::ReduceScatterV { data, counts } => {
                 let data = data.unwrap_or_default();
@@ -325,10 +325,11 @@ impl Rank {
             }
             Collective::AllReduce { data } => Payload::F32(self.all_reduce(&data)),
             Collective::Broadcast { data, root, len } => match data {
-                Payload::F32(data) => Payload::F32(self.broadcast(data, root, len, 0.0)),
                 Payload::U32(data) => Payload::U32(self.broadcast(data, root, len, 0)),
+                data => Payload::F32(self.broadcast(data.into_f32(), root, len, 0.0)),
             },
-            Collective::Barrier => Payload::F32(Vec::new()),
+            Collective::OnDevice(_) => return Err(CommError::no_device_path("mpi")),
+            Collective::Barrier | Collective::Announce(_) => Payload::F32(Vec::new()),
         })
     }
 

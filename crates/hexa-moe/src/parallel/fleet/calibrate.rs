@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use burn::tensor::{Distribution, Int, Tensor};
+use burn::tensor::{DType, Distribution, Int, Tensor};
 use hexa_ops::backend::{FfnInputs, FfnWeights};
 use hexa_ops::{ExpertIndex, ExpertOps, OpsError, TrainingBackend};
 
@@ -330,8 +330,10 @@ fn probe<B: ExpertOps>(
     let own = shards.widths[rank];
     let columns = shards.columns(own);
     let (experts, d_model) = (shape.num_experts, shape.d_model);
-    let float = |t: Tensor<B, 3>| t.into_primitive().tensor();
-    let matrix = |shape: [usize; 2]| -> Tensor<B, 2> { Tensor::ones(shape, device) };
+    let dtype = shape.precision.operand_dtype(DType::F32);
+    let float = |t: Tensor<B, 3>| t.cast(dtype).into_primitive().tensor();
+    let matrix =
+        |shape: [usize; 2]| -> Tensor<B, 2> { Tensor::<B, 2>::ones(shape, device).cast(dtype) };
     let place = Arc::new(Mutex::new(None));
     let inputs = FfnInputs {
         x: matrix([tokens_per_rank[rank], d_model])

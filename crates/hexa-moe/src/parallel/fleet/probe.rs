@@ -7,10 +7,9 @@ use burn::tensor::ops::{FloatTensor, IntTensor};
 use hexa_ops::ExpertKernels;
 use hexa_ops::backend::{FfnExecutor, FfnGrads, FfnInputs, FfnNeeds, FfnWeights};
 
-use super::super::comm::{Communicator, Payload};
+use super::super::comm::Communicator;
 use super::super::context::ExpertParallel;
-use super::super::executor::write_slices;
-use super::super::{data_centric, host, model_centric};
+use super::super::{data_centric, host, model_centric, transfer};
 use crate::error::{MoeError, Result};
 
 /// Repetitions of an exchange, as many as fit into this many seconds.
@@ -112,13 +111,9 @@ impl LinkProbe {
             b2: false,
         };
         timed(self.comm(), || {
-            let addend = data_centric::pack_grads::<B>(parallel, &grads)?;
-            let sum = data_centric::start_reduction(parallel, Some(addend)).wait()?;
-            let part = parallel
-                .shards
-                .unpack(parallel.context.rank(), sum.into_f32());
+            let pending = data_centric::start_reduction::<B>(parallel, Some(&grads))?;
             let mut slices = no_grads::<B>();
-            write_slices::<B>(&mut slices, part, own, needs);
+            data_centric::finish_reduction::<B>(parallel, pending, &mut slices, own, needs)?;
             slices.w1.as_ref().map_or(Ok(()), sync::<B>)
         })
     }
@@ -127,11 +122,10 @@ impl LinkProbe {
         let [counts, shape] = self.token_counts();
         let (dtype, device) = (x.dtype(), B::float_device(x));
         timed(self.comm(), || {
-            let own = Payload::F32(host::read::<B>(x.clone(), "x")?);
-            let pending =
-                model_centric::start_gather(&self.parallel, "tokens", own, counts.clone());
-            let all = pending.wait()?.into_f32();
-            sync::<B>(&host::write::<B>(all, [shape[0], shape[1]], dtype, &device))
+            let (own, counts) = (x.clone(), counts.clone());
+            let pending = model_centric::start_gather::<B>(&self.parallel, "tokens", own, counts)?;
+            let all = transfer::finish::<B>(pending, [shape[0], shape[1]], dtype, &device)?;
+            sync::<B>(&all)
         })
     }
 
@@ -141,11 +135,10 @@ impl LinkProbe {
         let all = vec![1.0; shape[0] * shape[1]];
         let partial = host::write::<B>(all, [shape[0], shape[1]], dtype, &device);
         timed(self.comm(), || {
-            let addend = Some(host::read::<B>(partial.clone(), "partial outputs")?);
-            let counts = counts.clone();
-            let pending = model_centric::start_reduction(&self.parallel, "outputs", addend, counts);
-            let own = pending.wait()?.into_f32();
-            sync::<B>(&host::write::<B>(own, x.shape(), dtype, &device))
+            let (addend, counts) = (Some(partial.clone()), counts.clone());
+            let pending =
+                model_centric::start_reduction::<B>(&self.parallel, "outputs", addend, counts)?;
+            sync::<B>(&transfer::finish::<B>(pending, x.shape(), dtype, &device)?)
         })
     }
 

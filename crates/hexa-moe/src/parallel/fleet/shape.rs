@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use hexa_ops::Activation;
+use hexa_ops::{Activation, MatmulPrecision};
 use serde::{Deserialize, Serialize};
 
 use crate::config::MoeConfig;
@@ -23,6 +23,8 @@ pub struct FfnShape {
     pub activation: Activation,
     /// Whether the experts have biases.
     pub bias: bool,
+    /// Arithmetic of their products.
+    pub precision: MatmulPrecision,
 }
 
 impl FfnShape {
@@ -35,6 +37,7 @@ impl FfnShape {
             top_k: config.top_k,
             activation: config.activation,
             bias: config.bias,
+            precision: config.precision,
         }
     }
 
@@ -44,6 +47,7 @@ impl FfnShape {
             .with_top_k(self.top_k)
             .with_activation(self.activation)
             .with_bias(self.bias)
+            .with_precision(self.precision)
     }
 
     /// Parameters of `units` hidden units of all experts, of which ranks hold slices.
@@ -64,12 +68,13 @@ impl fmt::Display for FfnShape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "d_model {}, d_ff {}, {} experts, top-{}, {:?}{}",
+            "d_model {}, d_ff {}, {} experts, top-{}, {:?}, {:?}{}",
             self.d_model,
             self.d_ff,
             self.num_experts,
             self.top_k,
             self.activation,
+            self.precision,
             if self.bias { "" } else { ", no biases" },
         )
     }

@@ -1,10 +1,13 @@
 //! What a person sees while a run goes: a bar on a terminal, plain lines otherwise.
 
-use std::io::IsTerminal;
+use std::fs::{File, OpenOptions};
+use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::error::{Result, TrainError};
 use super::metrics::{EvalRecord, StepRecord};
 
 /// What to print while a run goes.
@@ -22,6 +25,8 @@ pub enum Verbosity {
 pub struct Progress {
     verbosity: Verbosity,
     bar: Option<ProgressBar>,
+    /// Where the lines of ranks that nobody watches go.
+    file: Option<File>,
     total_steps: u64,
     epochs: u64,
 }
@@ -42,9 +47,25 @@ impl Progress {
         Progress {
             verbosity,
             bar,
+            file: None,
             total_steps,
             epochs,
         }
+    }
+
+    /// Lines that are appended to a file instead.
+    ///
+    /// # Errors
+    /// [`TrainError::Io`] if it cannot be opened.
+    pub fn to_file(path: &Path, total_steps: u64, epochs: u64) -> Result<Self> {
+        let file = OpenOptions::new().create(true).append(true).open(path);
+        Ok(Progress {
+            verbosity: Verbosity::Silent,
+            bar: None,
+            file: Some(file.map_err(TrainError::io("open", path))?),
+            total_steps,
+            epochs,
+        })
     }
 
     /// A step is done.
@@ -79,6 +100,11 @@ impl Progress {
 
     /// A line that stays.
     pub fn say(&self, line: &str) {
+        if let Some(mut file) = self.file.as_ref()
+            && let Err(error) = writeln!(file, "{line}")
+        {
+            log::warn!("a rank's log cannot be written: {error}");
+        }
         match &self.bar {
             Some(bar) => bar.suspend(|| eprintln!("{line}")),
             None if self.verbosity == Verbosity::Normal => eprintln!("{line}"),

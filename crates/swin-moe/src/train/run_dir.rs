@@ -94,6 +94,11 @@ impl RunDir {
         self.root.join("metrics.jsonl")
     }
 
+    /// What a rank other than the lead has to say.
+    pub(super) fn rank_log(&self, rank: usize) -> PathBuf {
+        self.root.join(format!("rank-{rank}.log"))
+    }
+
     /// The report for a browser.
     pub fn report(&self) -> PathBuf {
         self.root.join("report.html")

@@ -13,7 +13,7 @@ use super::images::Images;
 use super::metrics::{EvalRecord, MetricsWriter, Record, read_records};
 use super::optimizer::{AdamW, AdamWConfig};
 use super::params::write_params;
-use super::progress::{Progress, Verbosity};
+use super::progress::Progress;
 use super::random::init_seed;
 use super::ranks::{RankJob, Ranks, Seat, launch};
 use super::report::Facts;
@@ -144,7 +144,7 @@ impl RankJob for Start {
             control: request.control,
             ranks,
         };
-        parts.session(model, optimizer, place, device).run()
+        parts.session(model, optimizer, place, device)?.run()
     }
 }
 
@@ -216,7 +216,7 @@ impl RankJob for Continue {
             control: self.control,
             ranks,
         };
-        parts.session(model, optimizer, place, device).run()
+        parts.session(model, optimizer, place, device)?.run()
     }
 }
 
@@ -287,22 +287,22 @@ impl Parts {
         optimizer: AdamW<B>,
         place: Place<B>,
         device: &B::Device,
-    ) -> Session<'_, B> {
+    ) -> Result<Session<'_, B>> {
         let train = &self.config.train;
         let steps_per_epoch = self.images.train.num_batches(train.batch_size);
         let schedule = schedule(train, steps_per_epoch);
         let facts = facts(&self, &schedule);
-        let progress = Progress::new(
-            if self.ranks.is_lead() {
-                self.control.verbosity
-            } else {
-                Verbosity::Silent
-            },
-            place.step,
-            schedule.total_steps,
-            train.epochs as u64,
-        );
-        Session {
+        let (steps, epochs) = (schedule.total_steps, train.epochs as u64);
+        let progress = if self.ranks.is_lead() {
+            Progress::new(self.control.verbosity, place.step, steps, epochs)
+        } else {
+            let (rank, _) = self.ranks.place();
+            Progress::to_file(&self.run.rank_log(rank), steps, epochs)?
+        };
+        if let Some(shares) = self.ranks.describe() {
+            progress.say(&shares);
+        }
+        Ok(Session {
             device,
             backend: self.backend,
             config: self.config,
@@ -317,7 +317,7 @@ impl Parts {
             control: self.control,
             place,
             ranks: self.ranks,
-        }
+        })
     }
 }
 

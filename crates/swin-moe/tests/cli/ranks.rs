@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::harness::{run, succeed, train_tiny, words};
+use crate::harness::{succeed, train_tiny, words};
 
 /// Nothing random in the model: ranks draw noise of their own.
 pub const QUIET: [&str; 4] = [
@@ -81,6 +81,11 @@ fn losses_are_those_of_one_rank() {
         let several = dir.path().join(name);
         train_quiet(&several, &[], line);
         assert_close(&several, &one, 0, 1e-4);
+        let log = fs::read_to_string(several.join("rank-1.log")).unwrap();
+        assert!(
+            log.starts_with("rank 1 of ") && log.contains("step 15/15"),
+            "{log}"
+        );
         for (a, b) in records(&several, "eval").iter().zip(records(&one, "eval")) {
             assert_eq!(a["images"], b["images"]);
             for key in ["loss", "train_ce_loss", "train_aux_loss"] {
@@ -179,7 +184,7 @@ fn jobs_that_cannot_be_are_refused() {
         ("train --ranks 2 --mode tokens", "data, model"),
         ("train --engine threads", "local, mpi"),
     ] {
-        let said = run(&words(line));
+        let said = crate::harness::run(&words(line));
         assert!(said.stderr.contains(reason), "{line}: {}", said.stderr);
         assert!(matches!(said.status, Some(1 | 2)), "{line}: {said:?}");
     }

@@ -100,6 +100,27 @@ impl Ranks {
         }
     }
 
+    /// This rank and its shares, in words; none for a run alone.
+    pub(super) fn describe(&self) -> Option<String> {
+        let Member { context, plan, .. } = self.0.as_ref()?;
+        let rank = context.rank();
+        let widths: Vec<String> = plan
+            .layers
+            .iter()
+            .map(|layer| {
+                let d_ff: usize = layer.widths.iter().sum();
+                format!("{} of {d_ff} ({:?})", layer.widths[rank], layer.mode)
+            })
+            .collect();
+        Some(format!(
+            "rank {rank} of {}: {} of {} images of a batch; hidden units by layer: {}",
+            context.world_size(),
+            plan.batch[rank],
+            plan.batch.iter().sum::<usize>(),
+            widths.join(", ")
+        ))
+    }
+
     /// Which part of each batch is this rank's.
     pub(super) fn batch_part(&self) -> Option<BatchPart> {
         self.0.as_ref().map(|member| BatchPart {

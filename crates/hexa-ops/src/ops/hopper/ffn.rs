@@ -21,7 +21,7 @@ use crate::backend::{FfnBackwardArgs, FfnForward, FfnGrads, FfnWeights, RawExper
 use crate::ops::combine::launch::combine;
 use crate::ops::device::empty;
 use crate::ops::ess::launch::ess;
-use crate::types::RowOrder;
+use crate::types::{FfnOptions, RowOrder};
 
 /// Order in which one row per slot is written, so that a token's rows are its result or lie
 /// together.
@@ -42,12 +42,18 @@ fn add_choices(rows: Tensor, index: RawExpertIndex<Tensor>) -> Tensor {
     }
 }
 
+/// Whether the fused kernels are used with these options. The epilogues of gated activations have
+/// not run on a GPU since they were rewritten; until they have, the portable kernels serve them.
+fn covers(options: FfnOptions) -> bool {
+    options.dropout == 0.0 && !options.activation.is_gated()
+}
+
 /// See [`super::expert_ffn`].
 pub(super) fn forward(args: FfnArgs<Tensor>) -> Result<FfnForward<Tensor>, FfnArgs<Tensor>> {
     let d_model = args.weights.w1.meta.shape()[1];
     let width = args.weights.w1.meta.shape()[2];
     let d_ff = args.weights.w2.meta.shape()[1];
-    if args.options.dropout > 0.0 || !accepts(&args.x, &[d_model, d_ff, width], &args.index) {
+    if !covers(args.options) || !accepts(&args.x, &[d_model, d_ff, width], &args.index) {
         return Err(args);
     }
     let index = contiguous_index(args.index);
@@ -100,7 +106,7 @@ pub(super) fn backward(
     let d_model = args.weights.w1.meta.shape()[1];
     let width = args.weights.w1.meta.shape()[2];
     let d_ff = args.weights.w2.meta.shape()[1];
-    if args.options.dropout > 0.0 || !accepts(&args.x, &[d_model, d_ff, width], &args.index) {
+    if !covers(args.options) || !accepts(&args.x, &[d_model, d_ff, width], &args.index) {
         return Err(args);
     }
     let index = contiguous_index(args.index);

@@ -20,7 +20,8 @@ use swin_moe::train::run_dir::RunDir;
 const BOUND: Duration = Duration::from_secs(120);
 
 fn main() {
-    let tests: [(&str, fn(&Path)); 2] = [
+    type Test = fn(&Path);
+    let tests: [(&str, Test); 2] = [
         ("losses_are_those_of_one_process", equal),
         (
             "a_killed_rank_ends_the_job_and_the_checkpoint_stands",

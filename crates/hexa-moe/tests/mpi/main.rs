@@ -228,8 +228,8 @@ fn run(scenarios: &[&Scenario], filtered_out: usize) -> ExitCode {
     ExitCode::from(u8::from(failed > 0))
 }
 
-/// Seconds after which a job hangs.
-const BOUND: &str = "120";
+/// Seconds after which a job hangs: one that is to compute, and one whose ranks are to die.
+const BOUNDS: [&str; 2] = ["300", "60"];
 
 /// Attempts at a job whose ranks are to die: OpenMPI 4.1's mpirun itself now and then waits for one
 /// of its own locks for ever, when all its ranks have ended.
@@ -248,8 +248,9 @@ fn launch(scenario: &Scenario) -> Result<(), String> {
     judge(scenario, &output)
 }
 
+/// Whether `timeout` had to end the job: by SIGTERM, or by SIGKILL if that was not enough.
 fn hangs(output: &Output) -> bool {
-    output.status.code() == Some(124)
+    matches!(output.status.code(), Some(124 | 137))
 }
 
 fn start(scenario: &Scenario) -> Result<Output, String> {
@@ -258,7 +259,7 @@ fn start(scenario: &Scenario) -> Result<Output, String> {
         .args([
             "-k",
             "5",
-            BOUND,
+            BOUNDS[usize::from(!scenario.succeeds)],
             "mpirun",
             "--oversubscribe",
             "--allow-run-as-root",

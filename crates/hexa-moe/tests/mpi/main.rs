@@ -228,8 +228,8 @@ fn run(scenarios: &[&Scenario], filtered_out: usize) -> ExitCode {
     ExitCode::from(u8::from(failed > 0))
 }
 
-/// Seconds after which a job hangs: one that is to compute, and one whose ranks are to die.
-const BOUNDS: [&str; 2] = ["300", "60"];
+/// Time after which a job hangs: one that is to compute, and one whose ranks are to die.
+const BOUNDS: [Duration; 2] = [Duration::from_secs(300), Duration::from_secs(60)];
 
 /// Attempts at a job whose ranks are to die: OpenMPI 4.1's mpirun itself now and then waits for one
 /// of its own locks for ever, when all its ranks have ended.
@@ -237,29 +237,32 @@ const ATTEMPTS: usize = 3;
 
 fn launch(scenario: &Scenario) -> Result<(), String> {
     let attempts = if scenario.succeeds { 1 } else { ATTEMPTS };
-    let mut output = start(scenario)?;
+    let mut job = start(scenario)?;
     for _ in 1..attempts {
-        if !hangs(&output) {
+        if !job.hangs {
             break;
         }
         println!("{}: mpirun did not end; once more", scenario.title());
-        output = start(scenario)?;
+        job = start(scenario)?;
     }
-    judge(scenario, &output)
+    judge(scenario, &job)
 }
 
-/// Whether `timeout` had to end the job: by SIGTERM, or by SIGKILL if that was not enough.
-fn hangs(output: &Output) -> bool {
-    matches!(output.status.code(), Some(124 | 137))
+/// A job that has ended or was ended.
+struct Job {
+    output: Output,
+    hangs: bool,
 }
 
-fn start(scenario: &Scenario) -> Result<Output, String> {
+fn start(scenario: &Scenario) -> Result<Job, String> {
+    let bound = BOUNDS[usize::from(!scenario.succeeds)];
+    let begun = Instant::now();
     let program = std::env::current_exe().map_err(|e| e.to_string())?;
     let child = Command::new("timeout")
         .args([
             "-k",
             "5",
-            BOUNDS[usize::from(!scenario.succeeds)],
+            &bound.as_secs().to_string(),
             "mpirun",
             "--oversubscribe",
             "--allow-run-as-root",
@@ -269,13 +272,18 @@ fn start(scenario: &Scenario) -> Result<Output, String> {
         .arg(scenario.name)
         .stdin(Stdio::null())
         .output();
-    child.map_err(|e| format!("mpirun: {e}; install openmpi-bin"))
+    let output = child.map_err(|e| format!("mpirun: {e}; install openmpi-bin"))?;
+    Ok(Job {
+        output,
+        hangs: begun.elapsed() >= bound,
+    })
 }
 
-fn judge(scenario: &Scenario, output: &Output) -> Result<(), String> {
+fn judge(scenario: &Scenario, job: &Job) -> Result<(), String> {
+    let output = &job.output;
     let status = output.status;
     let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
-    if hangs(output) {
+    if job.hangs {
         return Err(format!("the job hangs\n{text}"));
     }
     if status.success() != scenario.succeeds {

@@ -31,6 +31,8 @@ pub(super) enum Command {
     Export(Export),
     /// Parameters, arithmetic and memory of a model, layer by layer.
     Info(Info),
+    /// Images per second that the training images' loader delivers, alone.
+    Loader(Loader),
     /// Measure ranks and the links between them on a model, and write a fleet file.
     Calibrate(Calibrate),
     /// Modes, shares, time and memory of a model on a measured fleet, before anything is trained.
@@ -205,6 +207,22 @@ pub(super) struct Info {
     /// One checkpoint: a directory in a run's checkpoints/.
     #[arg(long, value_name = "DIR")]
     pub(super) checkpoint: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub(super) struct Loader {
+    /// Settings as TOML; without it, those of the embedded digits.
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// One setting, over the file's: section.key=value. May be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(super) set: Vec<String>,
+    /// Image folder with train/CLASS/.
+    #[arg(long, value_name = "DIR")]
+    pub(super) data: Option<PathBuf>,
+    /// Epochs to deliver; images that data.cache_bytes keeps make later ones faster.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub(super) epochs: u64,
 }
 
 #[derive(Args)]

@@ -1,6 +1,7 @@
 //! What the commands do, beyond calling the library: defaults, and what a person reads.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use hexa_moe::parallel::fleet::Fleet;
@@ -17,7 +18,7 @@ use crate::train::metrics::{LayerLoad, WORST_CLASSES};
 use crate::train::run_dir::{RunDir, default_output};
 use crate::train::{
     Control, DeviceFaults, End, ImportRequest, Outcome, ResumeRequest, StopFlag, TestImages,
-    TrainRequest, Trained, Verbosity, resume,
+    TrainImages, TrainRequest, Trained, Verbosity, resume,
 };
 use crate::weights::ImportOptions;
 
@@ -80,6 +81,36 @@ fn new_run(arguments: arguments::Train, control: Control) -> Result<TrainRequest
         plan,
         control,
     })
+}
+
+/// Delivers epochs to nobody.
+pub(super) fn loader(arguments: arguments::Loader) -> Result<Done> {
+    let mut config = Config::load(arguments.config.as_deref(), &arguments.set)?;
+    if let Some(folder) = arguments.data {
+        config.data.source = DataSource::Folder(folder);
+    }
+    let images = TrainImages::open(&config)?;
+    println!(
+        "{} images, {} workers, batches of {}: {}",
+        images.len(),
+        config.data.num_workers(),
+        config.train.batch_size,
+        config.augment.summary()
+    );
+    for epoch in 0..arguments.epochs {
+        let start = Instant::now();
+        let mut delivered = 0;
+        for batch in images.batches(config.train.batch_size, config.train.seed, epoch, 0, None)? {
+            delivered += batch?.len();
+        }
+        let seconds = start.elapsed().as_secs_f64();
+        println!(
+            "epoch {}: {delivered} images in {seconds:.2} s, {:.0} images/s",
+            epoch + 1,
+            delivered as f64 / seconds
+        );
+    }
+    Ok(Done::Success)
 }
 
 /// The name of the settings' file, without its ending.

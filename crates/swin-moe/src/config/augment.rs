@@ -42,6 +42,7 @@ impl RawAugment {
             random_erasing: self.random_erasing,
             mix: self.mix()?,
             random_crop_padding: self.random_crop_padding,
+            random_crop_fill: self.random_crop_fill,
             flip: self.flip,
             random_resized_crop: self.random_resized_crop,
             crop_scale: self.crop_scale,

@@ -20,9 +20,9 @@ pub use raw::{
     RawAugment, RawCheckpoint, RawConfig, RawData, RawModel, RawMoe, RawParallel, RawTrain,
 };
 pub use types::{
-    AugmentConfig, AuxLoss, CheckpointConfig, Config, DataConfig, DataSource, Engine, MixConfig,
-    Mode, ModelConfig, MoeSettings, ParallelConfig, Precision, RandAugmentConfig, RouterKind,
-    TrainConfig,
+    AugmentConfig, AuxLoss, CheckpointConfig, Config, CropFill, DataConfig, DataSource, Engine,
+    MixConfig, Mode, ModelConfig, MoeSettings, ParallelConfig, Precision, RandAugmentConfig,
+    RouterKind, TrainConfig,
 };
 
 use document::Document;

@@ -3,7 +3,7 @@
 use hexa_ops::Activation;
 use serde::{Deserialize, Serialize};
 
-use super::types::{AuxLoss, Engine, Mode, Precision, RouterKind};
+use super::types::{AuxLoss, CropFill, Engine, Mode, Precision, RouterKind};
 
 /// A configuration as it stands in a file; nothing is checked but names and types.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -213,8 +213,10 @@ impl Default for RawTrain {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RawAugment {
-    /// Pixels of black on every side before a random crop back to the image's size; 0 for none.
+    /// Pixels on every side before a random crop back to the image's size; 0 for none.
     pub random_crop_padding: usize,
+    /// Colour of these pixels: `"black"`, or `"mean"` for the channels' means.
+    pub random_crop_fill: CropFill,
     /// Whether half of the training images are mirrored left to right.
     pub flip: bool,
     /// Whether training images are random parts of the originals, resized (bicubic).
@@ -250,6 +252,7 @@ impl Default for RawAugment {
     fn default() -> Self {
         Self {
             random_crop_padding: 0,
+            random_crop_fill: CropFill::Black,
             flip: false,
             random_resized_crop: false,
             crop_scale: [0.08, 1.0],

@@ -110,6 +110,7 @@ impl AugmentConfig {
     fn to_raw(&self) -> RawAugment {
         RawAugment {
             random_crop_padding: self.random_crop_padding,
+            random_crop_fill: self.random_crop_fill,
             flip: self.flip,
             random_resized_crop: self.random_resized_crop,
             crop_scale: self.crop_scale,

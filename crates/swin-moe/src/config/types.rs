@@ -165,6 +165,17 @@ impl FromStr for Precision {
     }
 }
 
+/// What a padded crop shows beyond the image's edge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CropFill {
+    /// Black: padding before the pixels are normalised, as torchvision's `RandomCrop` pads.
+    #[default]
+    Black,
+    /// `augment.mean`, rounded to a byte: padding with zeros after the pixels are normalised.
+    Mean,
+}
+
 /// Optimisation.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
@@ -221,8 +232,10 @@ impl TrainConfig {
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct AugmentConfig {
-    /// Pixels of black on every side before a random crop back to the image's size.
+    /// Pixels on every side before a random crop back to the image's size.
     pub random_crop_padding: usize,
+    /// Colour of these pixels.
+    pub random_crop_fill: CropFill,
     /// Whether half of the training images are mirrored left to right.
     pub flip: bool,
     /// Whether training images are random parts of the originals, resized.

@@ -1,7 +1,8 @@
 //! Decoded images, and how they are cut and resized.
 
-use image::imageops::{self, FilterType};
-use image::{DynamicImage, ImageBuffer, Luma, Rgb};
+use fast_image_resize::images::{Image, ImageRef};
+use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use image::DynamicImage;
 
 /// A picture longer than this many times its short side is cut to that first, around its centre,
 /// so that resizing the short side cannot ask for unbounded memory.
@@ -153,10 +154,8 @@ impl Pixels {
         let size = (width as u32, height as u32);
         let data = if (area.width, area.height) == size {
             part
-        } else if self.channels == 1 {
-            resize::<Luma<u8>>(part, area, size)
         } else {
-            resize::<Rgb<u8>>(part, area, size)
+            resize(&part, area, size, self.channels)
         };
         Self {
             width,
@@ -171,23 +170,27 @@ impl Pixels {
         let row_bytes = self.width * self.channels;
         let first = area.x as usize * self.channels;
         let len = area.width as usize * self.channels;
-        self.data
-            .chunks_exact(row_bytes)
-            .skip(area.y as usize)
-            .take(area.height as usize)
-            .flat_map(|row| &row[first..first + len])
-            .copied()
-            .collect()
+        let mut bytes = Vec::with_capacity(area.height as usize * len);
+        let rows = self.data.chunks_exact(row_bytes);
+        for row in rows.skip(area.y as usize).take(area.height as usize) {
+            bytes.extend_from_slice(&row[first..first + len]);
+        }
+        bytes
     }
 }
 
-fn resize<P: image::Pixel<Subpixel = u8> + 'static>(
-    bytes: Vec<u8>,
-    area: Area,
-    (width, height): (u32, u32),
-) -> Vec<u8> {
-    // The buffer exists: the bytes are those of the area.
-    ImageBuffer::<P, Vec<u8>>::from_raw(area.width, area.height, bytes)
-        .map(|part| imageops::resize(&part, width, height, FilterType::CatmullRom).into_raw())
-        .unwrap_or_default()
+/// Integer arithmetic with Pillow's roundings, the same on every processor.
+fn resize(bytes: &[u8], area: Area, (width, height): (u32, u32), channels: usize) -> Vec<u8> {
+    let pixel = match channels {
+        1 => PixelType::U8,
+        _ => PixelType::U8x3,
+    };
+    let mut resized = Image::new(width, height, pixel);
+    let filter = ResizeAlg::Convolution(FilterType::CatmullRom);
+    let options = ResizeOptions::new().resize_alg(filter);
+    // Neither fails: the bytes are those of the area, and both images have the same pixels.
+    let done = ImageRef::new(area.width, area.height, bytes, pixel)
+        .map(|part| Resizer::new().resize(&part, &mut resized, &options));
+    debug_assert!(matches!(done, Ok(Ok(()))));
+    resized.into_vec()
 }

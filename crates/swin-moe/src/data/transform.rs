@@ -2,7 +2,7 @@
 
 use rand::{Rng, RngExt};
 
-use crate::config::{AugmentConfig, Config};
+use crate::config::{AugmentConfig, Config, CropFill};
 
 use super::augment::{ColorJitter, RandAugment, RandomErasing};
 use super::dataset::Split;
@@ -24,13 +24,15 @@ pub(super) struct Pipeline {
     size: usize,
     /// Normalised value of each byte, for each channel.
     normalised: Vec<[f32; 256]>,
+    /// Colour beyond the image's edge, by channel.
+    fill: Vec<u8>,
 }
 
 #[derive(Debug, Clone, Copy)]
 enum Crop {
     /// None: the image has its size already.
     None,
-    /// A window of the image's size in the image with a black border of this many pixels.
+    /// A window of the image's size in the image with a border of this many pixels.
     Padded(usize),
     /// A random part, resized.
     Resized {
@@ -90,6 +92,7 @@ impl Pipeline {
             erasing,
             size,
             normalised: normalisation(augment),
+            fill: fill(augment),
         }
     }
 
@@ -150,7 +153,7 @@ impl Pipeline {
     /// The bytes of what [`Pipeline::write`] normalises.
     fn window(&self, image: &Pixels, corner: [isize; 2], flip: bool) -> Pixels {
         let (size, channels) = (self.size, self.channels());
-        let mut bytes = vec![0; size * size * channels];
+        let mut bytes = self.fill.repeat(size * size);
         for (y, row) in bytes.chunks_exact_mut(size * channels).enumerate() {
             let Ok(from_y) = usize::try_from(y as isize + corner[0]) else {
                 continue;
@@ -170,11 +173,11 @@ impl Pipeline {
     }
 
     /// Writes the window of the result's size whose corner is at `[row, column]` of the image;
-    /// what lies outside of the image is black.
+    /// what lies outside of the image has the fill's colour.
     fn write(&self, image: &Pixels, corner: [isize; 2], flip: bool, out: &mut Vec<f32>) {
         let channels = self.channels();
         let row_bytes = image.width() * channels;
-        for (channel, table) in self.normalised.iter().enumerate() {
+        for (channel, (table, &fill)) in self.normalised.iter().zip(&self.fill).enumerate() {
             for y in 0..self.size {
                 let row = usize::try_from(y as isize + corner[0])
                     .ok()
@@ -185,7 +188,7 @@ impl Pipeline {
                         let column = usize::try_from(x as isize + corner[1]).ok()?;
                         row.get(column * channels + channel)
                     });
-                    out.push(table[usize::from(byte.copied().unwrap_or(0))]);
+                    out.push(table[usize::from(byte.copied().unwrap_or(fill))]);
                 }
             }
         }
@@ -201,6 +204,14 @@ fn padded_crop(augment: &AugmentConfig) -> Crop {
         0 => Crop::None,
         padding => Crop::Padded(padding),
     }
+}
+
+fn fill(augment: &AugmentConfig) -> Vec<u8> {
+    let colour = |&mean: &f64| match augment.random_crop_fill {
+        CropFill::Black => 0,
+        CropFill::Mean => (mean * 255.0).round().clamp(0.0, 255.0) as u8,
+    };
+    augment.mean.iter().map(colour).collect()
 }
 
 fn resized_crop(augment: &AugmentConfig) -> Crop {
@@ -250,5 +261,73 @@ fn random_area(image: &Pixels, scale: [f64; 2], ratio: [f64; 2], rng: &mut impl 
         y: (image.height() as u32 - h) / 2,
         width: w,
         height: h,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+    use rand_chacha::ChaCha8Rng;
+
+    use super::super::dataset::Split;
+    use super::super::pixels::Pixels;
+    use super::Pipeline;
+    use crate::config::Config;
+
+    /// Draws a white 5 × 5 image of three channels, cropped with 2 pixels of padding.
+    fn draws(settings: &str) -> Vec<Vec<f32>> {
+        let text = format!(
+            "[model]\nimage_size = 5\npatch_size = 1\nin_chans = 3\nnum_classes = 3\n\
+             depths = [1]\nnum_heads = [1]\nwindow_size = 5\nembed_dim = 8\n\
+             pretrained_window_sizes = [0]\n[moe]\nblocks = [[0]]\n\
+             [augment]\nrandom_crop_padding = 2\nmean = [0.25, 0.5, 0.8]\nstd = [0.5, 0.2, 1.0]\n\
+             {settings}"
+        );
+        let config = Config::from_toml::<&str>(&text, "test", &[]).expect("a valid configuration");
+        let pipeline = Pipeline::new(&config, Split::Train);
+        let image = Pixels::from_parts(5, 5, 3, vec![255; 75]);
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        (0..64)
+            .map(|_| {
+                let mut out = Vec::new();
+                pipeline.apply(&image, &mut rng, &mut out);
+                out
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_padded_crop_shows_the_fill_beyond_the_edge() {
+        for (settings, outside) in [
+            ("random_crop_fill = \"black\"", [-0.5, -2.5, -0.8]),
+            ("random_crop_fill = \"mean\"", [0.0, 0.0, 0.0]),
+            // Through bytes, and with nothing drawn.
+            (
+                "random_crop_fill = \"mean\"\nrand_augment = \"rand-m9-n0-inc1\"",
+                [0.0, 0.0, 0.0],
+            ),
+        ] {
+            let white = [1.5, 2.5, 0.2];
+            let mut seen = 0;
+            for draw in draws(settings) {
+                for (channel, values) in draw.chunks_exact(25).enumerate() {
+                    let is = |value: f32, want: f64| (f64::from(value) - want).abs() < 0.011;
+                    let count = values.iter().filter(|v| is(**v, outside[channel])).count();
+                    assert!(
+                        values
+                            .iter()
+                            .all(|v| is(*v, white[channel]) || is(*v, outside[channel])),
+                        "{settings}: {values:?}"
+                    );
+                    // Beyond the edge lie whole rows and columns, at most two of each.
+                    assert!((0..=2).any(|rows| {
+                        (0..=2).any(|columns| (5 - rows) * (5 - columns) == 25 - count)
+                    }));
+                    seen += count;
+                }
+            }
+            // 25 − (5 − 6/5)², times 3 channels and 64 draws: 2,028 on average.
+            assert!((1500..2600).contains(&seen), "{settings}: {seen}");
+        }
     }
 }

@@ -24,20 +24,8 @@ impl Images {
     /// # Errors
     /// [`super::TrainError::Data`] if they are not there or do not fit the settings.
     pub fn open(config: &Config) -> Result<Self> {
-        let dataset = Dataset::open(config, Split::Train)?;
-        if dataset.len() < config.train.batch_size {
-            return Err(DataError::NoFullBatch {
-                key: "train.batch_size",
-                batch_size: config.train.batch_size,
-                images: dataset.len(),
-            }
-            .into());
-        }
         Ok(Self {
-            train: TrainImages {
-                dataset: Arc::new(dataset),
-                workers: config.data.num_workers(),
-            },
+            train: TrainImages::open(config)?,
             test: TestImages::open(config)?,
         })
     }
@@ -56,6 +44,27 @@ pub struct TrainImages {
 }
 
 impl TrainImages {
+    /// Finds the images of the run's settings.
+    ///
+    /// # Errors
+    /// [`super::TrainError::Data`] if they are not there, do not fit the settings or do not fill
+    /// one batch.
+    pub fn open(config: &Config) -> Result<Self> {
+        let dataset = Dataset::open(config, Split::Train)?;
+        if dataset.len() < config.train.batch_size {
+            return Err(DataError::NoFullBatch {
+                key: "train.batch_size",
+                batch_size: config.train.batch_size,
+                images: dataset.len(),
+            }
+            .into());
+        }
+        Ok(Self {
+            dataset: Arc::new(dataset),
+            workers: config.data.num_workers(),
+        })
+    }
+
     /// Number of images.
     pub fn len(&self) -> usize {
         self.dataset.len()

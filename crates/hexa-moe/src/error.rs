@@ -30,6 +30,24 @@ pub enum MoeError {
         /// The layer's token width.
         d_model: usize,
     },
+    /// A tensor of a dense feed-forward is not of the layer's sizes.
+    #[error(
+        "upcycling: the dense {tensor} has shape {got:?}, expected {expected:?}, by MoeConfig.d_model, d_ff and activation; give them the dense feed-forward's sizes, and weights as [in, out]"
+    )]
+    DenseShape {
+        /// Which tensor.
+        tensor: &'static str,
+        /// The shape that was given.
+        got: Vec<usize>,
+        /// The shape that the configuration asks for.
+        expected: Vec<usize>,
+    },
+    /// The noise of upcycled experts is no standard deviation.
+    #[error("upcycling: the noise is {got}, allowed is a finite number >= 0; use 0 for copies")]
+    ExpertNoise {
+        /// What was given.
+        got: String,
+    },
     /// Shares or slices do not fit what they divide.
     #[error("the split is given {got}; allowed is {allowed}")]
     Split {

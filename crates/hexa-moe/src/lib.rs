@@ -41,6 +41,7 @@
 //! | [`experts`] | all experts' feed-forward networks as one fused, differentiable operation |
 //! | [`moe`] | the layer, top to bottom: the specification |
 //! | [`parallel`] | the layer over several ranks: communicators, modes, slices, the shared cache |
+//! | [`upcycle`] | experts that start as copies of a trained dense feed-forward |
 //! | [`load`] | tokens per expert, entropies, tile waste, read when you ask |
 //!
 //! # Back-ends
@@ -66,6 +67,7 @@ pub mod load;
 pub mod moe;
 pub mod parallel;
 pub mod router;
+pub mod upcycle;
 
 pub use config::{BalanceConfig, MoeConfig, RouterConfig};
 pub use error::{MoeError, Result};
@@ -73,5 +75,6 @@ pub use experts::Experts;
 pub use load::{LoadReport, LoadStats};
 pub use moe::{Moe, MoeOutput};
 pub use router::{CosineScorer, Router, Routing, Scorer};
+pub use upcycle::{DenseFfn, ExpertNoise};
 
 pub use hexa_ops::{Activation, ExpertOps, MatmulPrecision, OpsError, TrainingBackend, backends};

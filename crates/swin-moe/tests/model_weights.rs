@@ -3,12 +3,15 @@
 
 use std::path::PathBuf;
 
+use burn::tensor::{Tensor, TensorData};
+use hexa_moe::ExpertNoise;
 use hexa_ops::backends::Cpu;
 use proptest::prelude::*;
 use swin_moe::model::{SwinMoe, SwinMoeConfig};
 use swin_moe::weights::{
-    HostTensor, ImportOptions, Names, PublishedConfig, TensorMap, WeightsError, export_safetensors,
-    import_file, import_tensors, named_parameters, published_tensors, read_file, write_safetensors,
+    HostTensor, ImportOptions, Names, PublishedConfig, TensorMap, Values, WeightsError,
+    export_safetensors, import_file, import_tensors, named_parameters, published_tensors,
+    read_file, upcycle_tensors, write_safetensors,
 };
 use tempfile::TempDir;
 
@@ -219,6 +222,122 @@ fn the_published_configuration_is_checked() {
         let message = PublishedConfig::read(&path).unwrap_err().to_string();
         assert!(message.contains(expected), "{message}");
     }
+}
+
+/// A dense model with random parameters, biases included, and the case's model with experts.
+fn dense_and_experts(case: &str) -> (SwinMoe<Cpu>, SwinMoeConfig) {
+    let mut experts = config(case);
+    experts.fc2_bias = true;
+    experts.moe.normalize_gate = true;
+    let mut dense = experts.clone();
+    dense.moe_blocks = vec![vec![]; dense.depths.len()];
+    let model: SwinMoe<Cpu> = dense.init(&Default::default()).unwrap();
+    let mut tensors = published_tensors(&model).unwrap();
+    for (number, tensor) in tensors.values_mut().enumerate() {
+        if let Values::Float(values) = &mut tensor.values {
+            for (i, value) in values.iter_mut().enumerate() {
+                *value += 0.05 * ((i * 37 + number * 11) as f32).sin();
+            }
+        }
+    }
+    let (model, report) = import_tensors(model, tensors);
+    assert!(report.is_exact(), "{report}");
+    (model, experts)
+}
+
+/// Scores of a few images.
+fn logits(model: &SwinMoe<Cpu>) -> Vec<f32> {
+    let config = model.config();
+    let shape = [3, config.in_chans, config.image_size, config.image_size];
+    let pixels = (0..shape.iter().product()).map(|i: usize| (i as f32 * 0.7).sin());
+    let data = TensorData::new(pixels.collect::<Vec<f32>>(), shape);
+    let images = Tensor::from_data(data, &Default::default());
+    let logits = model.forward(images).unwrap().logits;
+    logits.into_data().to_vec().unwrap()
+}
+
+#[test]
+fn an_upcycled_model_computes_what_the_dense_one_does() {
+    for case in CASES {
+        let (dense, config) = dense_and_experts(case);
+        let want = logits(&dense);
+        let spread = want.iter().fold(0f32, |m, v| m.max((v - want[0]).abs()));
+        assert!(spread > 0.1, "{want:?}");
+        let tensors = published_tensors(&dense).unwrap();
+        let upcycle = |noise| {
+            let source = std::path::Path::new("dense.pth");
+            let tensors = tensors.clone();
+            upcycle_tensors::<Cpu>(&config, tensors, noise, source, &Default::default())
+        };
+        let (model, report) = upcycle(None).unwrap();
+        assert_eq!(report.loaded + report.buffers.len(), tensors.len());
+        let farthest = |got: &[f32]| {
+            let pairs = got.iter().zip(&want);
+            pairs
+                .map(|(got, want)| (got - want).abs())
+                .fold(0f32, f32::max)
+        };
+        let error = farthest(&logits(&model));
+        assert!(error <= 1e-5, "{case}: {error:e}");
+
+        // Noise of the same seed gives the same experts; each layer has draws of its own.
+        let noise = |seed| Some(ExpertNoise { std: 0.2, seed });
+        let experts = |noise| {
+            let (model, _) = upcycle(noise).unwrap();
+            assert!(farthest(&logits(&model)) > 1e-3);
+            let mut all = published_tensors(&model).unwrap();
+            all.retain(|name, _| name.ends_with("batched_fc1_w"));
+            all
+        };
+        let noisy = experts(noise(1));
+        assert_eq!(noisy.len(), config.num_moe_layers());
+        assert_eq!(noisy, experts(noise(1)));
+        assert_ne!(noisy, experts(noise(2)));
+    }
+}
+
+#[test]
+fn what_cannot_be_upcycled_is_said() {
+    let (dense, config) = dense_and_experts("top1_linear");
+    let tensors = published_tensors(&dense).unwrap();
+    let refused = |config: &SwinMoeConfig, tensors: &TensorMap, says: &[&str]| {
+        let source = std::path::Path::new("dense.pth");
+        let device = Default::default();
+        let error = upcycle_tensors::<Cpu>(config, tensors.clone(), None, source, &device);
+        let message = error.unwrap_err().to_string();
+        for says in says {
+            assert!(message.contains(says), "{says}: {message}");
+        }
+    };
+    let mut without = config.clone();
+    without.moe_blocks = vec![vec![]; 2];
+    refused(&without, &tensors, &["dense.pth", "moe.blocks"]);
+    let mut relu = config.clone();
+    relu.moe.activation = hexa_moe::Activation::Relu;
+    refused(&relu, &tensors, &["moe.activation"]);
+    let (_dir, path) = weights("top1_linear");
+    refused(&config, &read_file(&path).unwrap(), &["experts already"]);
+
+    let block = "layers.1.blocks.1.mlp";
+    let mut fewer = tensors.clone();
+    fewer.retain(|name, _| !name.starts_with(block));
+    let [weight, bias] =
+        ["fc1.weight", "fc2.bias"].map(|leaf| format!("missing     {block}.{leaf}"));
+    refused(&config, &fewer, &["does not fit the model", &weight, &bias]);
+    let mut wide = config.clone();
+    wide.mlp_ratio = 2.0;
+    refused(
+        &wide,
+        &tensors,
+        &[&format!("mis-shaped  {block}.fc1.weight")],
+    );
+    let mut unbiased = config.clone();
+    unbiased.fc2_bias = false;
+    refused(
+        &unbiased,
+        &tensors,
+        &[&format!("unexpected  {block}.fc2.bias")],
+    );
 }
 
 proptest! {

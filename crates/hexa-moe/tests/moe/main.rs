@@ -10,3 +10,4 @@ mod module;
 mod router;
 mod support;
 mod training;
+mod upcycle;

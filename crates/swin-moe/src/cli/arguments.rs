@@ -27,6 +27,8 @@ pub(super) enum Command {
     Predict(Predict),
     /// Make a run out of published weights (.pth or .safetensors).
     Import(Import),
+    /// Make a run with experts out of a dense model: its MLPs' copies, and fresh routers.
+    Upcycle(Upcycle),
     /// Write a run's model as safetensors, in the published names.
     Export(Export),
     /// Parameters, arithmetic and memory of a model, layer by layer.
@@ -176,6 +178,43 @@ pub(super) struct Import {
     /// Keep initial values where the file has none that fit, rather than failing.
     #[arg(long)]
     pub(super) allow_partial: bool,
+    /// Where to compute: cpu, wgpu or cuda, of those compiled in.
+    #[arg(long, default_value_t = BackendKind::Cpu)]
+    pub(super) backend: BackendKind,
+}
+
+/// A dense model: weights, a run's directory or one of its checkpoints.
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+pub(super) struct Dense {
+    /// Dense weights in the published names: .pth or .safetensors; needs --config.
+    #[arg(long, value_name = "WEIGHTS", requires = "config")]
+    pub(super) weights: Option<PathBuf>,
+    /// Directory of a dense run: its best checkpoint, or the last if there is none.
+    #[arg(long, value_name = "DIR")]
+    pub(super) run: Option<PathBuf>,
+    /// One checkpoint: a directory in a dense run's checkpoints/.
+    #[arg(long, value_name = "DIR")]
+    pub(super) checkpoint: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub(super) struct Upcycle {
+    #[command(flatten)]
+    pub(super) dense: Dense,
+    /// Settings of the model with experts; without it, those of the dense run.
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// One setting, over the others: section.key=value, as moe.blocks=[[],[1]]. May be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(super) set: Vec<String>,
+    /// Noise that tells experts apart: its standard deviation, relative to each weight. Drawn from
+    /// train.seed.
+    #[arg(long, value_name = "STD", default_value_t = 0.0)]
+    pub(super) noise: f64,
+    /// Directory of the run to make.
+    #[arg(long, value_name = "DIR")]
+    pub(super) output: PathBuf,
     /// Where to compute: cpu, wgpu or cuda, of those compiled in.
     #[arg(long, default_value_t = BackendKind::Cpu)]
     pub(super) backend: BackendKind,

@@ -17,8 +17,8 @@ use crate::settings::model_config;
 use crate::train::metrics::{LayerLoad, WORST_CLASSES};
 use crate::train::run_dir::{RunDir, default_output};
 use crate::train::{
-    Control, DeviceFaults, End, ImportRequest, Outcome, ResumeRequest, StopFlag, TestImages,
-    TrainImages, TrainRequest, Trained, Verbosity, resume,
+    Control, DenseSource, DeviceFaults, End, ImportRequest, Outcome, ResumeRequest, StopFlag,
+    TestImages, TrainImages, TrainRequest, Trained, UpcycleRequest, Verbosity, resume,
 };
 use crate::weights::ImportOptions;
 
@@ -256,6 +256,56 @@ pub(super) fn import(arguments: arguments::Import, faults: DeviceFaults) -> Resu
     println!("{report}");
     println!(
         "run: {}; evaluate it with: swin-moe eval --run {0} --data DIR",
+        arguments.output.display()
+    );
+    Ok(Done::Success)
+}
+
+pub(super) fn upcycle(arguments: arguments::Upcycle, faults: DeviceFaults) -> Result<Done> {
+    let dense = arguments.dense;
+    let trained = load_if_given(dense.run, dense.checkpoint)?;
+    let sets = &arguments.set;
+    let config = match (&arguments.config, &trained) {
+        (Some(path), _) => Config::load(Some(path), sets)?,
+        (None, Some(trained)) => {
+            let text = &trained.state().config;
+            Config::from_toml(text, "the dense run's configuration", sets)?
+        }
+        (None, None) => anyhow::bail!("no settings given; name a file with --config"),
+    };
+    let name = match (&arguments.config, &trained) {
+        (None, Some(trained)) => trained.state().name.clone(),
+        (path, _) => run_name(path.as_deref()),
+    };
+    let source = match (dense.weights, trained) {
+        (_, Some(trained)) => DenseSource::Trained(Box::new(trained.with_faults(faults.clone()))),
+        (Some(weights), None) => DenseSource::File(weights),
+        (None, None) => {
+            anyhow::bail!("no dense model given; name one with --weights, --run or --checkpoint")
+        }
+    };
+    let upcycled = crate::train::upcycle(UpcycleRequest {
+        source,
+        config,
+        name,
+        output: arguments.output.clone(),
+        backend: arguments.backend,
+        noise: arguments.noise,
+        faults,
+    })?;
+    println!("{}", upcycled.report);
+    println!(
+        "{}",
+        if upcycled.equals_dense {
+            "outputs equal the dense model's"
+        } else {
+            "outputs differ from the dense model's: they are equal without --noise and with \
+             moe.normalize_gate=true (or moe.top_k = moe.num_experts)"
+        }
+    );
+    println!(
+        "run: {0}; evaluate it with: swin-moe eval --run {0}; train it with: swin-moe train \
+         --resume {0}",
         arguments.output.display()
     );
     Ok(Done::Success)

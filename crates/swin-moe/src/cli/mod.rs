@@ -68,6 +68,7 @@ fn run(command: Command, faults: DeviceFaults) -> anyhow::Result<Done> {
         Command::Eval(arguments) => commands::eval(arguments, faults),
         Command::Predict(arguments) => commands::predict(arguments, faults),
         Command::Import(arguments) => commands::import(arguments, faults),
+        Command::Upcycle(arguments) => commands::upcycle(arguments, faults),
         Command::Export(arguments) => commands::export(arguments, faults),
         Command::Info(arguments) => commands::info(arguments),
         Command::Loader(arguments) => commands::loader(arguments),

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Tensor, TensorData};
-use hexa_ops::TrainingBackend;
+use hexa_ops::{ExpertOps, TrainingBackend};
 
 use super::checkpoint::{Checkpoint, RunState};
 use super::device::read;
@@ -100,6 +100,11 @@ impl Trained {
         self
     }
 
+    /// The checkpoint's directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Where the run stood.
     pub fn state(&self) -> &RunState {
         &self.checkpoint.state
@@ -164,7 +169,7 @@ impl Trained {
     }
 
     /// The model on a device, without autodiff.
-    fn model<B: TrainingBackend>(
+    pub(super) fn model<B: TrainingBackend>(
         self,
         device: &B::Device,
     ) -> Result<(SwinMoe<B::InnerBackend>, RunState, Config)> {
@@ -319,34 +324,57 @@ impl Job for Import {
         check_fits(&model, Held::Parameters, 1)?;
         let model = model.init::<B::InnerBackend>(device)?;
         let (model, report) = import_file(model, &request.weights, request.options)?;
-        let weights = read_params(&model).map_err(TrainError::device("while weights were read"))?;
-        request.faults.check("while weights were read")?;
-        let snapshot = Snapshot {
-            state: RunState {
-                name: request.name,
-                step: 0,
-                epoch: 0,
-                batch: 0,
-                ce_sum_bits: 0,
-                aux_sum_bits: 0,
-                best_top1: None,
-                metrics_bytes: 0,
-                backend: request.backend,
-                seed: config.train.seed,
-                config: config.to_toml(),
-                class_names: (0..num_classes).map(|class| class.to_string()).collect(),
-            },
-            model: weights,
-            optimizer: Default::default(),
-        };
-        let run = RunDir::create(&request.output)?;
-        for (path, text) in [
-            (run.config(), config.to_toml()),
-            (run.metrics(), String::new()),
-        ] {
-            fs::write(&path, text).map_err(TrainError::io("write", path))?;
-        }
-        Ranks::alone().save(&run, &snapshot, 1, true)?;
+        let class_names = (0..num_classes).map(|class| class.to_string()).collect();
+        save_new_run(
+            &model,
+            &config,
+            class_names,
+            &request.name,
+            &request.output,
+            request.backend,
+            &request.faults,
+        )?;
         Ok(report)
     }
+}
+
+/// Makes a run's directory for a model that has not been trained in it: its only checkpoint, which
+/// counts as the best one, is at step 0.
+pub(super) fn save_new_run<B: ExpertOps>(
+    model: &SwinMoe<B>,
+    config: &Config,
+    class_names: Vec<String>,
+    name: &str,
+    output: &Path,
+    backend: BackendKind,
+    faults: &DeviceFaults,
+) -> Result<()> {
+    let weights = read_params(model).map_err(TrainError::device("while weights were read"))?;
+    faults.check("while weights were read")?;
+    let snapshot = Snapshot {
+        state: RunState {
+            name: name.to_owned(),
+            step: 0,
+            epoch: 0,
+            batch: 0,
+            ce_sum_bits: 0,
+            aux_sum_bits: 0,
+            best_top1: None,
+            metrics_bytes: 0,
+            backend,
+            seed: config.train.seed,
+            config: config.to_toml(),
+            class_names,
+        },
+        model: weights,
+        optimizer: Default::default(),
+    };
+    let run = RunDir::create(output)?;
+    for (path, text) in [
+        (run.config(), config.to_toml()),
+        (run.metrics(), String::new()),
+    ] {
+        fs::write(&path, text).map_err(TrainError::io("write", path))?;
+    }
+    Ranks::alone().save(&run, &snapshot, 1, true)
 }

@@ -26,6 +26,7 @@ pub mod schedule;
 mod session;
 mod setup;
 pub mod tally;
+mod upcycle;
 
 pub use error::{Result, TrainError};
 pub use evaluate::{Evaluation, evaluate};
@@ -37,3 +38,4 @@ pub use loss::{Targets, cross_entropy};
 pub use progress::{Progress, Verbosity};
 pub use request::{Control, End, Outcome, ParallelOverrides, ResumeRequest, TrainRequest};
 pub use setup::{resume, train};
+pub use upcycle::{DenseSource, UpcycleRequest, Upcycled, upcycle};

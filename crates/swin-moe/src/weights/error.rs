@@ -47,6 +47,16 @@ pub enum WeightsError {
         /// What does not fit.
         report: Box<ImportReport>,
     },
+    /// A model cannot be made one with experts.
+    #[error("{}: cannot be upcycled: {reason}; {remedy}", path.display())]
+    Upcycle {
+        /// The file, or the checkpoint's directory.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+        /// What the caller can do.
+        remedy: &'static str,
+    },
     /// The back-end could not hand out a tensor.
     #[error("reading {name} from the device failed: {reason}")]
     Device {

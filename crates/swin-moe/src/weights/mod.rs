@@ -10,6 +10,7 @@ mod published_config;
 mod pytorch;
 mod report;
 mod tensors;
+mod upcycle;
 
 pub use error::WeightsError;
 pub use export::{export_safetensors, published_tensors};
@@ -20,3 +21,4 @@ pub use params::{NamedParam, named_gradients, named_parameters};
 pub use published_config::PublishedConfig;
 pub use report::{ImportReport, ShapeMismatch};
 pub use tensors::{HostTensor, TensorMap, Values, read_file, read_safetensors, write_safetensors};
+pub use upcycle::upcycle_tensors;

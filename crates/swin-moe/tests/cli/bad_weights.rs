@@ -112,6 +112,42 @@ fn published(scratch: &Path, config: &Path) -> Vec<Case> {
         let arguments = import(path, config, 99, more);
         cases.push(Case::new(format!("import of {name}"), arguments, &[says]));
     }
+    let upcycle = |line: &str| words(&format!("upcycle {line} --output upcycled"));
+    let (pth, config) = (pth.display(), config.display());
+    for (name, line, says) in [
+        ("nothing", String::new(), "--weights"),
+        (
+            "weights without settings",
+            format!("--weights {pth}"),
+            "--config",
+        ),
+        (
+            "weights with experts",
+            format!("--weights {pth} --config {config}"),
+            "it has experts already",
+        ),
+        (
+            "weights without a number of classes",
+            format!("--weights {pth} --config {config} --set model.num_classes=0"),
+            "--set model.num_classes=N",
+        ),
+        (
+            "a missing file",
+            format!("--weights {} --config {config}", missing.display()),
+            "missing.pth",
+        ),
+        (
+            "a missing run",
+            "--run missing-run".to_owned(),
+            "missing-run",
+        ),
+    ] {
+        cases.push(Case::new(
+            format!("upcycling of {name}"),
+            upcycle(&line),
+            &[says],
+        ));
+    }
     cases
 }
 

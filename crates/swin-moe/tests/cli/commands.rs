@@ -109,6 +109,57 @@ fn an_exported_model_comes_back() {
     assert!(resumed.contains("stopped at step 2"), "{resumed}");
 }
 
+/// From a run and from the file that it exports; what comes out can be evaluated and trained.
+#[test]
+fn a_dense_run_is_upcycled() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let dense = path("dense");
+    train_tiny(&dir.path().join("dense"), &["moe.blocks=[[],[]]"], "");
+    let weights = path("dense.safetensors");
+    command(format!("export --run {dense} --output {weights}"));
+
+    let sets = "--set moe.blocks=[[0],[0]] --set moe.normalize_gate=true";
+    let settings = format!("{dense}/config.toml --set model.num_classes=10");
+    let scores = |run: &str| {
+        let said = command(format!("eval --run {run}"));
+        let line = said.lines().find(|line| line.contains("top-1"));
+        line.unwrap().to_owned()
+    };
+    for (output, source) in [
+        ("from-run", format!("--run {dense}")),
+        (
+            "from-file",
+            format!("--weights {weights} --config {settings}"),
+        ),
+    ] {
+        let output = path(output);
+        let said = command(format!("upcycle {source} {sets} --output {output}"));
+        assert!(said.contains("outputs equal the dense model's"), "{said}");
+        assert_eq!(scores(&output), scores(&dense));
+        let resumed = command(format!("train --resume {output} --max-steps 1"));
+        assert!(resumed.contains("stopped at step 1"), "{resumed}");
+    }
+    let noisy = path("noisy");
+    let said = command(format!(
+        "upcycle --run {dense} {sets} --noise 0.3 --output {noisy}"
+    ));
+    assert!(
+        said.contains("outputs differ from the dense model's"),
+        "{said}"
+    );
+    let again = run(&words(&format!(
+        "upcycle --run {noisy} --output {}",
+        path("again")
+    )));
+    assert_eq!(again.status, Some(1));
+    assert!(
+        again.stderr.contains("it has experts already"),
+        "{}",
+        again.stderr
+    );
+}
+
 #[test]
 fn the_published_checkpoint_is_imported() {
     let dir = tempfile::tempdir().unwrap();

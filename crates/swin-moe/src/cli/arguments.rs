@@ -31,6 +31,8 @@ pub(super) enum Command {
     Export(Export),
     /// Parameters, arithmetic and memory of a model, layer by layer.
     Info(Info),
+    /// Predicted and measured peak memory of training steps on synthetic images, as JSON.
+    Memory(Memory),
     /// Measure ranks and the links between them on a model, and write a fleet file.
     Calibrate(Calibrate),
     /// Modes, shares, time and memory of a model on a measured fleet, before anything is trained.
@@ -205,6 +207,25 @@ pub(super) struct Info {
     /// One checkpoint: a directory in a run's checkpoints/.
     #[arg(long, value_name = "DIR")]
     pub(super) checkpoint: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub(super) struct Memory {
+    /// Settings as TOML; without it, those of the embedded digits.
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// One setting, over the file's: section.key=value. May be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(super) set: Vec<String>,
+    /// Images of a step; those of the settings without it.
+    #[arg(long, value_name = "N")]
+    pub(super) batch_size: Option<usize>,
+    /// Training steps; the peak is that of all but the first.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(super) steps: u16,
+    /// Where to compute: cpu, wgpu or cuda, of those compiled in.
+    #[arg(long, default_value_t = BackendKind::Cpu)]
+    pub(super) backend: BackendKind,
 }
 
 #[derive(Args)]

@@ -70,6 +70,7 @@ fn run(command: Command, faults: DeviceFaults) -> anyhow::Result<Done> {
         Command::Import(arguments) => commands::import(arguments, faults),
         Command::Export(arguments) => commands::export(arguments, faults),
         Command::Info(arguments) => commands::info(arguments),
+        Command::Memory(arguments) => commands::memory(arguments, faults),
         Command::Calibrate(arguments) => fleet::calibrate(arguments, faults),
         Command::Plan(arguments) => fleet::plan(arguments),
         Command::Parity(arguments) => commands::parity(arguments, faults),

@@ -212,10 +212,10 @@ pub fn measure<K: ExpertKernels>(
 fn extra_bytes(work: impl Fn() -> Result<()>) -> Result<Option<u64>> {
     #[cfg(feature = "cube")]
     {
-        hexa_ops::testing::memory::arm();
+        hexa_ops::memory::watch();
         let done = work();
-        let bytes = hexa_ops::testing::memory::disarm();
-        done.map(|()| bytes)
+        let seen = hexa_ops::memory::end_watch();
+        done.map(|()| seen.map(|seen| seen.most_bytes - seen.least_bytes))
     }
     #[cfg(not(feature = "cube"))]
     {

@@ -38,6 +38,7 @@ pub mod backends;
 pub mod dropout;
 mod error;
 pub mod host;
+pub mod memory;
 pub mod ops;
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -5,6 +5,7 @@ use core::fmt;
 use hexa_moe::RouterConfig;
 use serde::Serialize;
 
+use crate::memory::activations_per_image;
 use crate::model::geometry::{BlockGeometry, StageGeometry};
 use crate::model::position_bias::HIDDEN;
 use crate::model::{Result, SwinMoeConfig};
@@ -26,7 +27,7 @@ pub struct LayerInfo {
     /// Floating point operations of one image's forward pass: the matrix products on tokens, two
     /// per multiply-add, experts counted `top_k` times. The backward pass takes about twice that.
     pub forward_flops: u64,
-    /// Estimate of what one image's forward pass keeps for the backward pass.
+    /// What one image's forward pass keeps for the backward pass, in f32 and without padding.
     pub activation_bytes: u64,
 }
 
@@ -48,7 +49,7 @@ pub struct Memory {
     pub gradients_bytes: u64,
     /// Both moments of AdamW.
     pub optimizer_bytes: u64,
-    /// Estimate of what the forward pass of a batch keeps.
+    /// What the forward pass of a batch keeps, in f32 and without padding.
     pub activation_bytes: u64,
 }
 
@@ -83,6 +84,9 @@ impl ModelInfo {
             }
         }
         layers.push(head(config));
+        for (layer, kept) in layers.iter_mut().zip(activations_per_image(config)?) {
+            layer.activation_bytes = kept;
+        }
         Ok(Self {
             layers,
             batch_size: batch_size as u64,
@@ -133,23 +137,15 @@ fn norm(channels: u64) -> u64 {
     2 * channels
 }
 
-/// Values that a layer norm keeps for each of its inputs: the centred, the normalised and the
-/// scaled one.
-const NORM_KEEPS: u64 = 3;
-
-/// Values that the dense GELU keeps for each of its inputs: the input, the error function's
-/// argument, the distribution function and the result.
-const GELU_KEEPS: u64 = 4;
-
 /// A layer that every token passes through and all of whose parameters are trained.
-fn plain(name: String, params: u64, forward_flops: u64, kept: u64) -> LayerInfo {
+fn plain(name: String, params: u64, forward_flops: u64) -> LayerInfo {
     LayerInfo {
         name,
         params,
         trained_params: params,
         active_params: params,
         forward_flops,
-        activation_bytes: kept * F32,
+        activation_bytes: 0,
     }
 }
 
@@ -157,15 +153,14 @@ fn patch_embed(config: &SwinMoeConfig, patches: usize) -> LayerInfo {
     let tokens = (patches * patches) as u64;
     let pixels = (config.in_chans * config.patch_size * config.patch_size) as u64;
     let dim = config.embed_dim as u64;
-    let (norm_params, norm_kept) = match config.patch_norm {
-        true => (norm(dim), NORM_KEEPS * tokens * dim),
-        false => (0, 0),
+    let norm_params = match config.patch_norm {
+        true => norm(dim),
+        false => 0,
     };
     plain(
         "patch_embed".into(),
         linear(pixels, dim, true) + norm_params,
         2 * tokens * pixels * dim,
-        tokens * pixels + norm_kept,
     )
 }
 
@@ -180,8 +175,6 @@ fn attention(block_name: &str, block: &BlockGeometry) -> LayerInfo {
         format!("{block_name}.attn"),
         norm(dim) + linear(dim, 3 * dim, true) + linear(dim, dim, true) + position_bias,
         2 * tokens * dim * (4 * dim + 2 * n),
-        // The product's operands, and softmax with what it is made of.
-        (NORM_KEEPS + 1 + 3 + 1) * tokens * dim + 3 * heads * tokens * n,
     )
 }
 
@@ -193,7 +186,6 @@ fn dense_mlp(block_name: &str, config: &SwinMoeConfig, block: &BlockGeometry) ->
         format!("{block_name}.mlp"),
         norm(dim) + linear(dim, hidden, true) + linear(hidden, dim, config.fc2_bias),
         4 * tokens * dim * hidden,
-        NORM_KEEPS * tokens * dim + GELU_KEEPS * tokens * hidden,
     )
 }
 
@@ -219,11 +211,11 @@ fn moe(block_name: &str, config: &SwinMoeConfig, block: &BlockGeometry) -> Layer
         let width = moe.activation.hidden_width(hidden as usize) as u64;
         let params = linear(dim, width, true) + linear(hidden, dim, true);
         let flops = 2 * tokens * dim * (width + hidden);
-        (params, flops, width)
+        (params, flops)
     };
-    let (expert_params, expert_flops, width) = ffn(hidden);
-    let (shared_params, shared_flops, shared_width) = match shared {
-        0 => (0, 0, 0),
+    let (expert_params, expert_flops) = ffn(hidden);
+    let (shared_params, shared_flops) = match shared {
+        0 => (0, 0),
         width => ffn(width),
     };
 
@@ -240,10 +232,7 @@ fn moe(block_name: &str, config: &SwinMoeConfig, block: &BlockGeometry) -> Layer
         trained_params: params - frozen,
         active_params: always + top_k * expert_params,
         forward_flops: router_flops + top_k * expert_flops + shared_flops,
-        // The fused operation keeps its input and the pre-activation.
-        activation_bytes: F32
-            * tokens
-            * (NORM_KEEPS * dim + 3 * experts + top_k * (width + 2) + shared_width),
+        activation_bytes: 0,
     }
 }
 
@@ -254,7 +243,6 @@ fn downsample(index: usize, stage: &StageGeometry) -> LayerInfo {
         format!("layers.{index}.downsample"),
         norm(4 * dim) + linear(4 * dim, 2 * dim, false),
         2 * tokens * 4 * dim * 2 * dim,
-        NORM_KEEPS * tokens * 4 * dim,
     )
 }
 
@@ -263,12 +251,10 @@ fn head(config: &SwinMoeConfig) -> LayerInfo {
     let last = config.depths.len() - 1;
     let dim = config.stage_dim(last) as u64;
     let classes = config.num_classes as u64;
-    let grid = (config.image_size / config.patch_size) >> last;
     plain(
         "norm, head".into(),
         norm(dim) + linear(dim, classes, true),
         2 * dim * classes,
-        NORM_KEEPS * (grid * grid) as u64 * dim,
     )
 }
 
@@ -278,7 +264,7 @@ fn decimal(value: u64) -> String {
 }
 
 /// Bytes with their binary prefix.
-fn binary(bytes: u64) -> String {
+pub(crate) fn binary(bytes: u64) -> String {
     scaled(bytes, 1024.0, [" B", " KiB", " MiB", " GiB", " TiB"])
 }
 
@@ -337,33 +323,6 @@ impl fmt::Display for ModelInfo {
                 &binary(self.sum(|layer| layer.activation_bytes)),
             ],
         )?;
-        let memory = self.memory();
-        writeln!(f)?;
-        writeln!(f, "training memory, f32, batch of {}:", self.batch_size)?;
-        writeln!(
-            f,
-            "  parameters               {:>12}",
-            binary(memory.params_bytes)
-        )?;
-        writeln!(
-            f,
-            "  gradients                {:>12}",
-            binary(memory.gradients_bytes)
-        )?;
-        writeln!(
-            f,
-            "  optimizer (two moments)  {:>12}",
-            binary(memory.optimizer_bytes)
-        )?;
-        writeln!(
-            f,
-            "  activations (estimate)   {:>12}",
-            binary(memory.activation_bytes)
-        )?;
-        write!(
-            f,
-            "  total                    {:>12}",
-            binary(memory.total_bytes())
-        )
+        Ok(())
     }
 }

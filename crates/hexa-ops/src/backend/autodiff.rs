@@ -18,6 +18,7 @@ use super::{
     EsmmArgs, ExpertKernels, ExpertOps, FfnBackwardArgs, FfnExecutor, FfnInputs, FfnNeeds,
     FfnWeights, RawExpertIndex, RawGating, dense, executor, gelu,
 };
+use crate::memory::DeviceMemory;
 use crate::types::{FfnOptions, MatmulPrecision, RowOrder};
 
 /// Reads a saved tensor back.
@@ -514,5 +515,9 @@ impl<B: ExpertKernels, C: CheckpointStrategy> ExpertOps for Autodiff<B, C> {
 
     fn supports_precision(device: &Self::Device, precision: MatmulPrecision) -> bool {
         <B as ExpertKernels>::supports_precision(device, precision)
+    }
+
+    fn device_memory(device: &Self::Device) -> Option<DeviceMemory> {
+        <B as ExpertKernels>::device_memory(device)
     }
 }

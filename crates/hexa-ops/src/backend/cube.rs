@@ -12,6 +12,8 @@ use super::{
 };
 #[cfg(feature = "cuda")]
 use super::{FfnBackwardArgs, FfnForward, FfnGrads, FfnWeights};
+use crate::memory::DeviceMemory;
+use crate::ops::device::usage;
 use crate::ops::tile::plan::TILE_ROWS;
 use crate::ops::{activation, combine, dense, esmm, ess, estmm, gating, gelu, index};
 #[cfg(feature = "cuda")]
@@ -190,5 +192,9 @@ where
             MatmulPrecision::Bf16 => Self::supports_dtype(device, DType::BF16),
             MatmulPrecision::F16 => Self::supports_dtype(device, DType::F16),
         }
+    }
+
+    fn device_memory(device: &Self::Device) -> Option<DeviceMemory> {
+        usage(&R::client(device))
     }
 }

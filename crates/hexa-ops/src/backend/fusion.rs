@@ -19,6 +19,7 @@ use super::{
     EsmmArgs, ExpertKernels, FfnActivationGradArgs, FfnActivationGrads, FfnBackwardArgs,
     FfnForward, FfnGrads, FfnWeights, RawExpertIndex, RawGating,
 };
+use crate::memory::DeviceMemory;
 use crate::types::{FfnOptions, MatmulPrecision, RowOrder};
 
 type Handles<B> = HandleContainer<<B as burn_ir::BackendIr>::Handle>;
@@ -574,6 +575,10 @@ impl<B: FusionBackend + ExpertKernels> ExpertKernels for Fusion<B> {
 
     fn supports_precision(device: &Self::Device, precision: MatmulPrecision) -> bool {
         <B as ExpertKernels>::supports_precision(device, precision)
+    }
+
+    fn device_memory(device: &Self::Device) -> Option<DeviceMemory> {
+        <B as ExpertKernels>::device_memory(device)
     }
 }
 

@@ -23,6 +23,7 @@ use burn::tensor::FloatDType;
 use burn::tensor::backend::Backend;
 use burn::tensor::ops::{FloatTensor, IntTensor};
 
+use crate::memory::DeviceMemory;
 use crate::types::{FfnOptions, MatmulPrecision, RowOrder};
 
 /// Who works on which rows: the re-index vector of arXiv:2411.01288v4, section 4.1.
@@ -317,6 +318,11 @@ pub trait ExpertKernels: Backend {
     /// TF32 counts as supported where it is what the device does, not where f32 would stand in
     /// for it.
     fn supports_precision(device: &Self::Device, precision: MatmulPrecision) -> bool;
+
+    /// Memory of the device as the calling thread's stream sees it; none where nobody counts it.
+    fn device_memory(_device: &Self::Device) -> Option<DeviceMemory> {
+        None
+    }
 }
 
 /// Inputs of [`ExpertKernels::expert_ffn_backward`].

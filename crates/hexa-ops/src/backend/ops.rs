@@ -7,6 +7,7 @@ use burn::tensor::ops::{FloatTensor, IntTensor};
 use super::{
     EsmmArgs, ExpertKernels, FfnExecutor, FfnInputs, FfnWeights, RawExpertIndex, RawGating, dense,
 };
+use crate::memory::DeviceMemory;
 use crate::types::{FfnOptions, MatmulPrecision, RowOrder};
 
 /// A back-end with the expert-specific operators.
@@ -85,6 +86,9 @@ pub trait ExpertOps: Backend {
 
     /// See [`ExpertKernels::supports_precision`].
     fn supports_precision(device: &Self::Device, precision: MatmulPrecision) -> bool;
+
+    /// See [`ExpertKernels::device_memory`].
+    fn device_memory(device: &Self::Device) -> Option<DeviceMemory>;
 }
 
 impl<B: ExpertKernels> ExpertOps for B {
@@ -163,6 +167,10 @@ impl<B: ExpertKernels> ExpertOps for B {
 
     fn supports_precision(device: &Self::Device, precision: MatmulPrecision) -> bool {
         <B as ExpertKernels>::supports_precision(device, precision)
+    }
+
+    fn device_memory(device: &Self::Device) -> Option<DeviceMemory> {
+        <B as ExpertKernels>::device_memory(device)
     }
 }
 

@@ -7,23 +7,36 @@ use cubecl::ir::AddressType;
 use cubecl::prelude::{CubeCount, CubeDim};
 use cubecl::{Runtime, calculate_cube_count_elemwise, client::ComputeClient};
 
+use crate::memory::{DeviceMemory, note_with};
+
 /// Uninitialised contiguous tensor on the device of `like`.
 pub(crate) fn empty<R: CubeRuntime>(
     like: &CubeTensor<R>,
     shape: impl Into<Shape>,
     dtype: DType,
 ) -> CubeTensor<R> {
-    #[cfg(feature = "testing")]
-    crate::testing::memory::note(&like.client);
+    note(&like.client);
     let tensor = empty_device_contiguous_dtype(
         like.client.clone(),
         like.device.clone(),
         shape.into(),
         dtype,
     );
-    #[cfg(feature = "testing")]
-    crate::testing::memory::note(&like.client);
+    note(&like.client);
     tensor
+}
+
+/// What is in use on a device.
+pub(crate) fn usage<R: Runtime>(client: &ComputeClient<R>) -> Option<DeviceMemory> {
+    let usage = client.memory_usage().ok()?;
+    Some(DeviceMemory {
+        in_use_bytes: usage.bytes_in_use,
+        reserved_bytes: usage.bytes_reserved,
+    })
+}
+
+fn note<R: Runtime>(client: &ComputeClient<R>) {
+    note_with(|| usage(client));
 }
 
 /// Contiguous tensor of zeros on the device of `like`.

@@ -8,7 +8,5 @@
 pub mod backend;
 pub mod compare;
 pub mod gradcheck;
-#[cfg(feature = "cube")]
-pub mod memory;
 pub mod oracle;
 pub mod watch;

@@ -35,6 +35,8 @@ pub(super) enum Command {
     Info(Info),
     /// Images per second that the training images' loader delivers, alone.
     Loader(Loader),
+    /// Predicted and measured peak memory of training steps on synthetic images, as JSON.
+    Memory(Memory),
     /// Measure ranks and the links between them on a model, and write a fleet file.
     Calibrate(Calibrate),
     /// Modes, shares, time and memory of a model on a measured fleet, before anything is trained.
@@ -262,6 +264,25 @@ pub(super) struct Loader {
     /// Epochs to deliver; images that data.cache_bytes keeps make later ones faster.
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub(super) epochs: u64,
+}
+
+#[derive(Args)]
+pub(super) struct Memory {
+    /// Settings as TOML; without it, those of the embedded digits.
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// One setting, over the file's: section.key=value. May be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(super) set: Vec<String>,
+    /// Images of a step; those of the settings without it.
+    #[arg(long, value_name = "N")]
+    pub(super) batch_size: Option<usize>,
+    /// Training steps; the peak is that of all but the first.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(super) steps: u16,
+    /// Where to compute: cpu, wgpu or cuda, of those compiled in.
+    #[arg(long, default_value_t = BackendKind::Cpu)]
+    pub(super) backend: BackendKind,
 }
 
 #[derive(Args)]

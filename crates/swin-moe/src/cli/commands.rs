@@ -12,13 +12,15 @@ use super::arguments;
 use crate::backend::{BackendKind, Job, dispatch};
 use crate::config::{Config, DataSource, Precision};
 use crate::info::ModelInfo;
+use crate::memory::TrainingMemory;
 use crate::parity::{ParityError, ParityReport, run_parity};
 use crate::settings::model_config;
 use crate::train::metrics::{LayerLoad, WORST_CLASSES};
 use crate::train::run_dir::{RunDir, default_output};
 use crate::train::{
-    Control, DenseSource, DeviceFaults, End, ImportRequest, Outcome, ResumeRequest, StopFlag,
-    TestImages, TrainImages, TrainRequest, Trained, UpcycleRequest, Verbosity, resume,
+    Control, DenseSource, DeviceFaults, End, ImportRequest, Outcome, ProbeRequest, ResumeRequest,
+    StopFlag, TestImages, TrainImages, TrainRequest, Trained, UpcycleRequest, Verbosity,
+    probe_memory, resume, step_shape,
 };
 use crate::weights::ImportOptions;
 
@@ -334,6 +336,39 @@ pub(super) fn info(arguments: arguments::Info) -> Result<Done> {
     };
     let model = model_config(&config, num_classes)?;
     println!("{}", ModelInfo::new(&model, config.train.batch_size)?);
+    let train = &config.train;
+    for (on, backend) in [
+        ("", BackendKind::Wgpu),
+        (" on CUDA, padded", BackendKind::Cuda),
+    ] {
+        let memory = TrainingMemory::new(&model, step_shape(&config, backend))?;
+        let (precision, batch) = (train.precision.name(), train.batch_size);
+        println!("training memory, {precision}, batch of {batch}{on}:");
+        print!("{}", memory.peak());
+    }
+    Ok(Done::Success)
+}
+
+pub(super) fn memory(arguments: arguments::Memory, faults: DeviceFaults) -> Result<Done> {
+    let mut set = arguments.set;
+    set.extend(
+        arguments
+            .batch_size
+            .map(|images| format!("train.batch_size={images}")),
+    );
+    let config = Config::load(arguments.config.as_deref(), &set)?;
+    let num_classes = match config.model.num_classes {
+        Some(num_classes) => num_classes,
+        None => count_classes(&config)?,
+    };
+    let probe = probe_memory(ProbeRequest {
+        config,
+        num_classes,
+        backend: arguments.backend,
+        steps: arguments.steps.into(),
+        faults,
+    })?;
+    println!("{}", serde_json::to_string_pretty(&probe)?);
     Ok(Done::Success)
 }
 

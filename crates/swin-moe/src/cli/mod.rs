@@ -72,6 +72,7 @@ fn run(command: Command, faults: DeviceFaults) -> anyhow::Result<Done> {
         Command::Export(arguments) => commands::export(arguments, faults),
         Command::Info(arguments) => commands::info(arguments),
         Command::Loader(arguments) => commands::loader(arguments),
+        Command::Memory(arguments) => commands::memory(arguments, faults),
         Command::Calibrate(arguments) => fleet::calibrate(arguments, faults),
         Command::Plan(arguments) => fleet::plan(arguments),
         Command::Parity(arguments) => commands::parity(arguments, faults),

@@ -246,7 +246,7 @@ pub(crate) fn new_model<B: TrainingBackend>(
     Ok(model.init(device)?)
 }
 
-fn adamw_config(train: &TrainConfig) -> AdamWConfig {
+pub(super) fn adamw_config(train: &TrainConfig) -> AdamWConfig {
     AdamWConfig {
         beta1: train.betas[0],
         beta2: train.betas[1],

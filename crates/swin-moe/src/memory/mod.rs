@@ -1,5 +1,13 @@
-//! Whether a model fits into this machine, asked before anything is allocated: a process that runs
-//! out of memory is ended without a word.
+//! What a model takes before anything is allocated: the peak of a training step, and whether it fits
+//! into this machine. A process that runs out of memory is ended without a word.
+
+mod layout;
+mod parts;
+mod predict;
+pub mod resident;
+
+pub use layout::Rows;
+pub use predict::{Moment, PeakMemory, StepShape, TrainingMemory, activations_per_image};
 
 use crate::info::ModelInfo;
 use crate::model::{ModelError, SwinMoeConfig};
@@ -86,11 +94,7 @@ pub(crate) fn machine_bytes() -> Option<u64> {
 }
 
 fn total_of_meminfo(text: &str) -> Option<u64> {
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:"))?;
-    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kibibytes.checked_mul(1024)
+    resident::bytes_of(text, "MemTotal:")
 }
 
 #[cfg(test)]

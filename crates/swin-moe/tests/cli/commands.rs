@@ -397,3 +397,32 @@ fn a_measured_fleet_is_planned_for() {
         said.stderr
     );
 }
+
+#[test]
+fn the_loader_alone_delivers_whole_epochs() {
+    let said = command("loader --epochs 2 --set train.batch_size=100 --set data.workers=3".into());
+    // Every fifth of 1,797 digits is for evaluation; the last 38 do not fill a batch.
+    assert_eq!(said.lines().count(), 3, "{said}");
+    assert!(said.starts_with("1438 images, 3 workers"), "{said}");
+    assert_eq!(said.matches(": 1400 images in ").count(), 2, "{said}");
+}
+
+#[test]
+fn memory_is_predicted_by_what_takes_it() {
+    let said = command("memory --steps 1 --batch-size 3 --set train.ema_decay=0.9".into());
+    let probe: serde_json::Value = serde_json::from_str(&said).unwrap();
+    let predicted = probe["predicted"].as_object().unwrap();
+    let sum: u64 = predicted.values().filter_map(|value| value.as_u64()).sum();
+    assert_eq!(probe["predicted_bytes"], sum, "{said}");
+    // Burn's CPU back-end does not count; the process does.
+    assert!(probe["measured_bytes"].is_null(), "{said}");
+    assert!(probe["resident_bytes"].as_u64().unwrap() > sum, "{said}");
+    // Two moments and the moving average, of every value of the model that is trained.
+    let info = command("info".into());
+    let params = total(&info)[1].parse::<f64>().unwrap() * 1e3;
+    let optimizer = predicted["optimizer_bytes"].as_u64().unwrap() as f64;
+    assert!(
+        (optimizer / (12.0 * params) - 1.0).abs() < 0.02,
+        "{info} {said}"
+    );
+}

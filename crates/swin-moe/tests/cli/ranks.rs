@@ -113,6 +113,31 @@ fn ranks_without_images_take_part() {
     }
 }
 
+/// The optimizer packs small tensors together, and which slices are small differs between ranks.
+#[test]
+fn slices_may_be_large_on_some_ranks_only() {
+    let dir = tempfile::tempdir().unwrap();
+    // 12 experts of 32 × 2,048 weights, so that 2^18 lies between the two shares, and in front of
+    // an MLP of as many weights.
+    let wide = [
+        "moe.blocks=[[0],[-1]]",
+        "moe.num_experts=12",
+        "model.embed_dim=32",
+        "model.mlp_ratio=64",
+        "train.batch_size=8",
+    ];
+    let one = dir.path().join("one");
+    train_quiet(&one, &wide, "--max-steps 3");
+    for (name, line) in [
+        ("model", "--max-steps 3 --ranks 2 --mode model --split 3,1"),
+        ("data", "--max-steps 3 --ranks 2 --split 1,3"),
+    ] {
+        let several = dir.path().join(name);
+        train_quiet(&several, &wide, line);
+        assert_close(&several, &one, 0, 1e-4);
+    }
+}
+
 /// Parts of a step, mixed images and averaged weights: what is mixed with what does not depend on
 /// ranks. The balance loss does depend on what is a part, and is left out.
 #[test]

@@ -103,13 +103,16 @@ impl Member {
         // All are under way before the first is waited for.
         let mut started = Vec::with_capacity(grads.len());
         let mut own_squares = 0.0f64;
-        for (number, (grad, &sliced)) in grads.into_iter().zip(sliced).enumerate() {
+        // Ranks agree on these alone: whether slices share a bucket depends on their size.
+        let mut common = 0;
+        for (grad, &sliced) in grads.into_iter().zip(sliced) {
             let data = read(grad.clone(), "gradients")?.values;
             started.push(if sliced {
                 own_squares += squares(&data);
                 Err(grad)
             } else {
-                let name = format!("gradients, bucket {number}");
+                let name = format!("gradients, bucket {common}");
+                common += 1;
                 Ok(comm.start(&name, Collective::AllReduce { data }))
             });
         }

@@ -138,6 +138,27 @@ fn a_rank_that_panics_ends_the_others() {
     }
 }
 
+/// A rank that is slow to take the result of a collective still gets it when another rank, which
+/// had taken part, is lost before.
+#[test]
+fn what_all_ranks_came_to_outlives_a_rank() {
+    let mut world = local::world_with_timeout(2, Duration::from_secs(20));
+    let (other, comm) = (world.pop().unwrap(), world.pop().unwrap());
+    let addend = |x: f32| Collective::AllReduce { data: vec![x] };
+    let slow = comm.start("before", addend(1.0));
+    assert_eq!(other.all_reduce("before", vec![2.0]), Ok(vec![3.0]));
+    drop(other);
+    let alone = comm.start("between", addend(1.0));
+    let error = comm.barrier("after").unwrap_err();
+    assert!(
+        matches!(error, CommError::RankLost { rank: 1, .. }),
+        "{error}"
+    );
+    assert_eq!(slow.wait().unwrap().into_f32(), [3.0]);
+    assert_eq!(alone.wait(), Err(error.clone()));
+    assert_eq!(comm.barrier("later"), Err(error));
+}
+
 #[test]
 fn a_rank_that_hangs_is_named_in_time() {
     let mut world = local::world_with_timeout(2, Duration::from_millis(50));

@@ -62,7 +62,15 @@ struct State {
     calls: HashMap<u64, Call>,
     /// What happened to ranks that are gone.
     lost: Vec<Option<&'static str>>,
-    failure: Option<CommError>,
+    failure: Option<Failure>,
+}
+
+/// Why the job failed, and in which call: on every rank, earlier calls that all ranks came to
+/// still yield their results, and no later call does.
+#[derive(Debug)]
+struct Failure {
+    call: u64,
+    error: CommError,
 }
 
 #[derive(Debug)]
@@ -84,11 +92,12 @@ impl World {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Marks the job as failed and wakes everybody.
-    fn fail(&self, state: &mut State, error: CommError) -> CommError {
-        let error = state.failure.get_or_insert(error).clone();
+    /// Marks the job as failed in `call` and wakes everybody; the first error stands.
+    fn fail(&self, state: &mut State, call: u64, error: CommError) -> CommError {
+        let failure = state.failure.get_or_insert(Failure { call, error });
+        failure.call = failure.call.min(call);
         self.changed.notify_all();
-        error
+        failure.error.clone()
     }
 
     /// Waits until all ranks have come to `call`.
@@ -96,8 +105,9 @@ impl World {
         let deadline = Instant::now() + self.timeout;
         let mut state = self.lock();
         loop {
-            if let Some(error) = &state.failure {
-                return Err(error.clone());
+            let failed = state.failure.as_ref();
+            if let Some(failure) = failed.filter(|failure| failure.call <= call) {
+                return Err(failure.error.clone());
             }
             let missing: Vec<usize> = match state.calls.get(&call) {
                 Some(call) => (0..self.world_size)
@@ -109,6 +119,9 @@ impl World {
                 let deposits = state.calls.get(&call).map(|call| &call.deposits);
                 return Ok(deposits.into_iter().flatten().flatten().cloned().collect());
             }
+            if let Some(failure) = failed {
+                return Err(failure.error.clone());
+            }
             for &rank in &missing {
                 if let Some(reason) = state.lost[rank] {
                     let error = CommError::RankLost {
@@ -116,7 +129,7 @@ impl World {
                         reason: reason.to_owned(),
                         tensor: tensor.to_owned(),
                     };
-                    return Err(self.fail(&mut state, error));
+                    return Err(self.fail(&mut state, call, error));
                 }
             }
             let now = Instant::now();
@@ -126,7 +139,7 @@ impl World {
                     tensor: tensor.to_owned(),
                     seconds: self.timeout.as_secs(),
                 };
-                return Err(self.fail(&mut state, error));
+                return Err(self.fail(&mut state, call, error));
             }
             state = self
                 .changed
@@ -150,11 +163,11 @@ impl Ticket {
         let deposits = self.world.gather(self.call, &self.tensor)?;
         let headers: Vec<&Header> = deposits.iter().map(|deposit| &deposit.header).collect();
         if let Err(error) = agreement::check(&headers) {
-            return Err(self.world.fail(&mut self.world.lock(), error));
+            return Err(self.world.fail(&mut self.world.lock(), self.call, error));
         }
         if let Collective::OnDevice(_) = &deposits[self.rank].collective {
             let error = CommError::no_device_path("local");
-            return Err(self.world.fail(&mut self.world.lock(), error));
+            return Err(self.world.fail(&mut self.world.lock(), self.call, error));
         }
         Ok(result(&deposits, self.rank))
     }
@@ -266,7 +279,8 @@ impl Communicator for LocalCommunicator {
     }
 
     fn failure(&self) -> Option<CommError> {
-        self.world.lock().failure.clone()
+        let state = self.world.lock();
+        state.failure.as_ref().map(|failure| failure.error.clone())
     }
 }
 

@@ -132,7 +132,7 @@ pub(super) struct Eval {
     /// Image folder; the run's own without it.
     #[arg(long, value_name = "DIR")]
     pub(super) data: Option<PathBuf>,
-    /// Arithmetic: f32, tf32 or bf16; the run's own without it.
+    /// Arithmetic: f32, tf32, bf16 or f16; the run's own without it.
     #[arg(long)]
     pub(super) precision: Option<Precision>,
     /// Show every class, rather than the least accurate ones.
@@ -155,7 +155,7 @@ pub(super) struct Predict {
     /// Image files.
     #[arg(required = true, value_name = "IMAGE")]
     pub(super) images: Vec<PathBuf>,
-    /// Arithmetic: f32, tf32 or bf16; the run's own without it.
+    /// Arithmetic: f32, tf32, bf16 or f16; the run's own without it.
     #[arg(long)]
     pub(super) precision: Option<Precision>,
     /// Where to compute: cpu, wgpu or cuda, of those compiled in.

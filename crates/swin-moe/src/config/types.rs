@@ -129,11 +129,18 @@ pub enum Precision {
     /// Products of operands rounded to bf16, activations in bf16 between them; weights, norms,
     /// softmax, router, losses, sums and the optimizer in f32.
     Bf16,
+    /// As `Bf16`, in IEEE half precision; gradients are small there, so the loss is scaled.
+    F16,
 }
 
 impl Precision {
     /// All of them.
-    pub const ALL: [Precision; 3] = [Precision::F32, Precision::Tf32, Precision::Bf16];
+    pub const ALL: [Precision; 4] = [
+        Precision::F32,
+        Precision::Tf32,
+        Precision::Bf16,
+        Precision::F16,
+    ];
 
     /// Arithmetic of dense matrix products.
     pub fn matmul(self) -> MatmulPrecision {
@@ -141,6 +148,7 @@ impl Precision {
             Precision::F32 => MatmulPrecision::Strict,
             Precision::Tf32 => MatmulPrecision::Tf32,
             Precision::Bf16 => MatmulPrecision::Bf16,
+            Precision::F16 => MatmulPrecision::F16,
         }
     }
 
@@ -150,6 +158,7 @@ impl Precision {
             Precision::F32 => "f32",
             Precision::Tf32 => "tf32",
             Precision::Bf16 => "bf16",
+            Precision::F16 => "f16",
         }
     }
 }
@@ -161,7 +170,7 @@ impl FromStr for Precision {
         Precision::ALL
             .into_iter()
             .find(|precision| precision.name() == text)
-            .ok_or_else(|| format!("{text:?} is unknown, allowed are f32, tf32 and bf16"))
+            .ok_or_else(|| format!("{text:?} is unknown, allowed are f32, tf32, bf16 and f16"))
     }
 }
 
@@ -186,6 +195,9 @@ pub struct TrainConfig {
     pub batch_size: usize,
     /// Parts that a step's images are computed in, one after the other.
     pub accumulation_steps: usize,
+    /// Whether each block's activations are computed a second time in the backward pass, instead of
+    /// being kept.
+    pub activation_checkpointing: bool,
     /// Decay of the moving average of the weights, which is then evaluated; 0 for none.
     pub ema_decay: f64,
     /// Learning rate after the warm-up, as written; see [`TrainConfig::lr_scale`].

@@ -454,6 +454,7 @@ impl RawTrain {
             epochs: self.epochs,
             batch_size: self.batch_size,
             accumulation_steps: self.accumulation_steps,
+            activation_checkpointing: self.activation_checkpointing,
             ema_decay: self.ema_decay,
             lr: self.lr,
             warmup_lr: self.warmup_lr,

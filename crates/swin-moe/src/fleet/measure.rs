@@ -214,7 +214,7 @@ impl<B: TrainingBackend> MeasuredStep for ModelStep<B> {
     fn update(&mut self) -> Result<u64, String> {
         // Its gradient is a constant, which takes next to nothing beside the update.
         let gradients = self.weights.values.val().sum().backward();
-        let gradients = self.optimizer.gradients(&self.weights, gradients);
+        let gradients = self.optimizer.gradients(&self.weights, vec![gradients]);
         let gradients = gradients.map_err(|e| e.to_string())?;
         self.weights = self.optimizer.step(self.weights.clone(), gradients, 1e-3).0;
         self.synchronise()?;

@@ -26,12 +26,22 @@ pub(super) struct Part {
     pub kept_once: u64,
     /// Weights rounded to half precision, kept as well.
     pub copies: u64,
+    /// The tokens that come in, where a segment of the model begins; they are kept instead of all
+    /// that follows where activations are computed again.
+    pub input: u64,
     /// Only there while the forward pass is in this part.
     pub forward: u64,
     /// Only there while the backward pass is in this part.
     pub backward: u64,
     /// Gradients of its parameters, as the backward pass leaves them.
     pub gradients: u64,
+}
+
+impl Part {
+    /// All that is kept.
+    pub fn left(&self) -> u64 {
+        self.kept + self.kept_once + self.copies
+    }
 }
 
 /// A layer norm: the centred and the normalised values, variance and deviation of each row.
@@ -101,6 +111,7 @@ pub(super) fn attention(name: &str, layout: Layout, images: u64, block: &BlockGe
     let hidden = HIDDEN as u64;
     Part {
         name: format!("{name}.attn"),
+        input: stream,
         constants: mask + layout.f32(side * side, 2) + layout.f32(n, side),
         kept: norm(layout, rows, dim) + 2 * layout.operands(rows, dim) + qkv + softmax,
         kept_once: position_bias,
@@ -246,6 +257,7 @@ pub(super) fn downsample(index: usize, layout: Layout, images: u64, stage: &Stag
     let merged = layout.f32(rows, 4 * dim);
     Part {
         name: format!("layers.{index}.downsample"),
+        input: layout.f32(4 * rows, dim),
         kept: norm(layout, rows, 4 * dim) + layout.operands(rows, 4 * dim),
         copies: layout.copy(4 * dim, 2 * dim),
         forward: merged,
@@ -265,6 +277,7 @@ pub(super) fn head(config: &SwinMoeConfig, layout: Layout, images: u64) -> Part 
     let logits = layout.f32(images, classes);
     Part {
         name: "norm, head, loss".into(),
+        input: layout.f32(rows, dim),
         kept: norm(layout, rows, dim) + layout.operands(images, dim) + logits,
         copies: layout.copy(dim, classes),
         forward: layout.f32(rows, dim) + 3 * logits,

@@ -19,6 +19,8 @@ pub struct StepShape {
     pub images: usize,
     /// Whether gradients of several passes are summed.
     pub accumulates: bool,
+    /// Whether activations are computed a second time (`train.activation_checkpointing`).
+    pub checkpoints: bool,
     /// Whether there is a moving average of the parameters (`train.ema_decay`).
     pub averages: bool,
     /// The device's rows.
@@ -111,13 +113,23 @@ impl TrainingMemory {
 
     /// Bytes that the forward pass leaves for the backward pass, rounded weights included.
     pub fn kept_bytes(&self) -> u64 {
-        self.sum(|part| part.kept + part.kept_once + part.copies)
+        if !self.shape.checkpoints {
+            return self.sum(Part::left);
+        }
+        let ends = self.parts.first().into_iter().chain(self.parts.last());
+        let ends = ends.map(Part::left).fold(0, u64::saturating_add);
+        ends.saturating_add(self.sum(|part| part.input))
     }
 
     /// The moment at which most is held.
     pub fn peak(&self) -> PeakMemory {
         let first = self.update();
-        self.passes().into_iter().fold(first, |most, moment| {
+        let passes = if self.shape.checkpoints {
+            self.passes_by_segments()
+        } else {
+            self.passes()
+        };
+        passes.into_iter().fold(first, |most, moment| {
             if moment.total_bytes() > most.total_bytes() {
                 moment
             } else {
@@ -179,6 +191,62 @@ impl TrainingMemory {
             });
             kept -= part.kept + part.kept_once;
             copies -= part.copies;
+        }
+        moments
+    }
+
+    /// Each part, forwards and backwards, where a segment's inputs are kept and the rest is computed
+    /// again. The first and the last part are computed once.
+    fn passes_by_segments(&self) -> Vec<PeakMemory> {
+        let (Some(first), Some(last)) = (self.parts.first(), self.parts.last()) else {
+            return Vec::new();
+        };
+        let middle = &self.parts[1..self.parts.len().max(2) - 1];
+        let segments: Vec<&[Part]> = middle.chunk_by(|_, next| next.input == 0).collect();
+        let mut moments = Vec::with_capacity(3 * self.parts.len());
+        let mut inputs = first.left();
+        for segment in &segments {
+            inputs = inputs.saturating_add(segment[0].input);
+            let mut kept = inputs;
+            for part in *segment {
+                kept = kept.saturating_add(part.left());
+                moments.push(PeakMemory {
+                    activation_bytes: kept,
+                    transient_bytes: part.forward,
+                    ..self.at_rest(Moment::Forward, &part.name)
+                });
+            }
+        }
+        let mut gradients = last.gradients;
+        let mut output = last.input;
+        let rest = self.at_rest(Moment::Backward, &last.name);
+        moments.push(PeakMemory {
+            gradients_bytes: rest.gradients_bytes + gradients,
+            activation_bytes: inputs
+                .saturating_add(last.input)
+                .saturating_add(last.left()),
+            transient_bytes: last.backward,
+            ..rest
+        });
+        for segment in segments.iter().rev() {
+            let mut kept = segment
+                .iter()
+                .map(Part::left)
+                .fold(inputs, u64::saturating_add);
+            for part in segment.iter().rev() {
+                gradients += part.gradients;
+                let rest = self.at_rest(Moment::Backward, &part.name);
+                moments.push(PeakMemory {
+                    gradients_bytes: rest.gradients_bytes + gradients,
+                    activation_bytes: kept,
+                    // The gradient of the output, of which the scalar to start from is made.
+                    transient_bytes: part.backward.saturating_add(output),
+                    ..rest
+                });
+                kept -= part.left();
+            }
+            inputs -= segment[0].input;
+            output = segment[0].input;
         }
         moments
     }

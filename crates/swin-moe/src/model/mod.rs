@@ -22,4 +22,5 @@ pub mod window;
 
 pub use config::{MoeSettings, SwinMoeConfig};
 pub use error::{ModelError, Result};
+pub use stage::Segment;
 pub use swin::{SwinMoe, SwinOutput};

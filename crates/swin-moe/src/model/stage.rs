@@ -52,28 +52,30 @@ impl<B: ExpertOps> Stage<B> {
             .collect();
         self
     }
+}
 
-    /// Appends a report per Mixture-of-Experts layer to `reports`.
+/// What tokens pass through as a whole.
+#[derive(Debug, Clone, Copy)]
+pub enum Segment<'a, B: Backend> {
+    /// A block.
+    Block(&'a SwinBlock<B>),
+    /// The patch merging that ends a stage.
+    Merge(&'a PatchMerging<B>),
+}
+
+impl<B: ExpertOps> Segment<'_, B> {
+    /// Applies it; a Mixture-of-Experts block reports.
     ///
     /// # Shapes
     /// - `x`: `[batch · grid · grid, dim]`
-    /// - result: `[batch · grid/2 · grid/2, 2 · dim]`, or like `x` in the last stage
+    /// - result: like `x`; `[batch · grid/2 · grid/2, 2 · dim]` of a merging
     ///
     /// # Errors
     /// If the number of channels is another.
-    pub fn forward(
-        &self,
-        mut x: Tensor<B, 2>,
-        reports: &mut Vec<MoeReport<B>>,
-    ) -> Result<Tensor<B, 2>> {
-        for block in &self.blocks {
-            let (y, report) = block.forward(x)?;
-            reports.extend(report);
-            x = y;
-        }
-        match &self.downsample {
-            Some(merge) => merge.forward(x),
-            None => Ok(x),
+    pub fn forward(&self, x: Tensor<B, 2>) -> Result<(Tensor<B, 2>, Option<MoeReport<B>>)> {
+        match self {
+            Segment::Block(block) => block.forward(x),
+            Segment::Merge(merge) => Ok((merge.forward(x)?, None)),
         }
     }
 }

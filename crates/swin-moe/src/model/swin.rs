@@ -11,7 +11,7 @@ use super::config::SwinMoeConfig;
 use super::error::{ModelError, Result};
 use super::layers::{LayerNorm, Linear, LinearOptions};
 use super::patch::PatchEmbed;
-use super::stage::Stage;
+use super::stage::{Segment, Stage};
 
 /// Patch embedding, stages, norm, mean over the tokens, linear head.
 #[derive(Module, Debug)]
@@ -87,15 +87,59 @@ impl<B: ExpertOps> SwinMoe<B> {
     /// # Errors
     /// [`ModelError::Images`] if the images are of another shape.
     pub fn forward(&self, images: Tensor<B, 4>) -> Result<SwinOutput<B>> {
-        self.check_images(&images)?;
         let [batch, ..] = images.dims();
         let device = images.device();
-
-        let mut reports = Vec::new();
-        let mut x = self.patch_embed.forward(images)?;
-        for stage in &self.layers {
-            x = stage.forward(x, &mut reports)?;
+        let mut aux_loss: Option<Tensor<B, 1>> = None;
+        let mut loads = Vec::new();
+        let mut x = self.embed(images)?;
+        for segment in self.segments() {
+            let (y, report) = segment.forward(x)?;
+            x = y;
+            if let Some(report) = report {
+                aux_loss = Some(match aux_loss {
+                    Some(sum) => sum + report.aux_loss,
+                    None => report.aux_loss,
+                });
+                loads.push(report.load);
+            }
         }
+        Ok(SwinOutput {
+            logits: self.classify(x, batch)?,
+            aux_loss: aux_loss.unwrap_or_else(|| Tensor::zeros([1], &device)),
+            loads,
+        })
+    }
+
+    /// The first part of [`SwinMoe::forward`]: images become tokens.
+    ///
+    /// # Shapes
+    /// - `images`: `[batch, channels, size, size]`
+    /// - result: `[batch · patches, embed_dim]`
+    ///
+    /// # Errors
+    /// [`ModelError::Images`] if the images are of another shape.
+    pub fn embed(&self, images: Tensor<B, 4>) -> Result<Tensor<B, 2>> {
+        self.check_images(&images)?;
+        self.patch_embed.forward(images)
+    }
+
+    /// Its second part: what tokens pass through, one after the other.
+    pub fn segments(&self) -> impl Iterator<Item = Segment<'_, B>> {
+        self.layers.iter().flat_map(|stage| {
+            let blocks = stage.blocks.iter().map(Segment::Block);
+            blocks.chain(stage.downsample.iter().map(Segment::Merge))
+        })
+    }
+
+    /// Its last part: logits of the last segment's tokens.
+    ///
+    /// # Shapes
+    /// - `x`: `[batch · tokens, dim]`
+    /// - result: `[batch, classes]`
+    ///
+    /// # Errors
+    /// If the width is another.
+    pub fn classify(&self, x: Tensor<B, 2>, batch: usize) -> Result<Tensor<B, 2>> {
         let x = self.norm.forward(x);
         let [tokens, dim] = x.dims();
         let pooled = x
@@ -103,22 +147,7 @@ impl<B: ExpertOps> SwinMoe<B> {
             .mean_dim(1)
             .reshape([batch, dim]);
         let dtype = pooled.dtype();
-        let logits = self.head.forward(pooled)?.cast(dtype);
-
-        let mut aux_loss: Option<Tensor<B, 1>> = None;
-        let mut loads = Vec::with_capacity(reports.len());
-        for report in reports {
-            aux_loss = Some(match aux_loss {
-                Some(sum) => sum + report.aux_loss,
-                None => report.aux_loss,
-            });
-            loads.push(report.load);
-        }
-        Ok(SwinOutput {
-            logits,
-            aux_loss: aux_loss.unwrap_or_else(|| Tensor::zeros([1], &device)),
-            loads,
-        })
+        Ok(self.head.forward(pooled)?.cast(dtype))
     }
 
     /// What [`SwinMoe::forward`] does on a rank that has no images: its part in the other ranks'

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use self::files::ReadError;
 use super::error::{Result, TrainError};
+use super::loss_scale::LossScale;
 use super::params::HostTensors;
 use crate::backend::BackendKind;
 
@@ -34,6 +35,9 @@ pub struct RunState {
     pub aux_sum_bits: u32,
     /// Best test accuracy so far, in percent.
     pub best_top1: Option<f32>,
+    /// The loss' scale, in f16.
+    #[serde(default)]
+    pub loss_scale: Option<LossScale>,
     /// Length of `metrics.jsonl` when the checkpoint was written, in bytes.
     pub metrics_bytes: u64,
     /// The back-end that the run used.
@@ -154,6 +158,7 @@ mod tests {
             ce_sum_bits: 1.5f32.to_bits(),
             aux_sum_bits: 0.25f32.to_bits(),
             best_top1: Some(97.25),
+            loss_scale: None,
             metrics_bytes: 1234,
             backend: BackendKind::Wgpu,
             seed: 7,

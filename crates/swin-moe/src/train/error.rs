@@ -72,6 +72,18 @@ pub enum TrainError {
         /// The back-end's own words.
         reason: String,
     },
+    /// The device has too little memory for a step.
+    #[error("the device ran out of memory {when}: {reason}. {expected}; {remedy}")]
+    OutOfMemory {
+        /// During which activity it was noticed.
+        when: String,
+        /// The back-end's own words.
+        reason: String,
+        /// What was predicted, and what had been measured before.
+        expected: String,
+        /// What the user can do.
+        remedy: String,
+    },
     /// A rank failed, and with it the others.
     #[error("rank {rank}: {error}")]
     Rank {

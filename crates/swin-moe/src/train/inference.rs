@@ -360,6 +360,7 @@ pub(super) fn save_new_run<B: ExpertOps>(
             ce_sum_bits: 0,
             aux_sum_bits: 0,
             best_top1: None,
+            loss_scale: None,
             metrics_bytes: 0,
             backend,
             seed: config.train.seed,

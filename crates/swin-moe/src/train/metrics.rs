@@ -1,4 +1,5 @@
-//! `metrics.jsonl`: one JSON object per line, appended as the run goes.
+//! `metrics.jsonl`: one JSON object per line, appended as the run goes. The same figures go into a
+//! TensorBoard event file beside it.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
@@ -8,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::classes::ClassScore;
 use super::error::{Result, TrainError};
+use super::tensorboard::EventFile;
 
 /// One line of `metrics.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -34,12 +36,30 @@ pub struct StepRecord {
     pub aux_loss: f32,
     /// The learning rate that the step used.
     pub lr: f64,
-    /// Norm of all gradients together, before clipping.
-    pub grad_norm: f32,
+    /// Norm of all gradients together, before clipping; none if they were not finite, for which a
+    /// step with scaled losses is left out.
+    pub grad_norm: Option<f32>,
+    /// Factor of the loss in the backward pass, in f16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f32>,
     /// Images trained on per second since the previous line.
     pub images_per_s: f64,
     /// Load of each MoE layer's experts in this step, layers in the model's order.
     pub layers: Vec<LayerLoad>,
+    /// Memory, as far as the system tells.
+    #[serde(default)]
+    pub memory: MemoryRecord,
+}
+
+/// Most memory that a run's process has taken so far, since it began or was resumed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryRecord {
+    /// Bytes of tensors on the device, in the steps that were watched.
+    pub tensor_bytes: Option<u64>,
+    /// Bytes that the runtime had taken from the device then.
+    pub reserved_bytes: Option<u64>,
+    /// Bytes of the process on the host, tensors on the CPU included.
+    pub host_bytes: Option<u64>,
 }
 
 /// How a batch spread over the experts of one MoE layer.
@@ -103,13 +123,19 @@ pub struct EvalRecord {
 /// Classes that an [`EvalRecord`] names.
 pub const WORST_CLASSES: usize = 10;
 
-/// Appends records to `metrics.jsonl`.
+/// Appends records to `metrics.jsonl` and to an event file in the same directory.
 #[derive(Debug)]
 pub struct MetricsWriter {
     path: PathBuf,
     /// None where another rank writes.
-    file: Option<File>,
+    files: Option<Files>,
     length: u64,
+}
+
+#[derive(Debug)]
+struct Files {
+    lines: File,
+    events: EventFile,
 }
 
 impl MetricsWriter {
@@ -117,7 +143,7 @@ impl MetricsWriter {
     pub fn nowhere(path: &Path) -> Self {
         MetricsWriter {
             path: path.to_path_buf(),
-            file: None,
+            files: None,
             length: 0,
         }
     }
@@ -127,20 +153,27 @@ impl MetricsWriter {
     /// # Errors
     /// [`TrainError::Io`] if it cannot be created.
     pub fn create(path: &Path) -> Result<Self> {
-        let file = File::create(path).map_err(TrainError::io("create", path))?;
+        let lines = File::create(path).map_err(TrainError::io("create", path))?;
+        Self::new(path, lines, 0, 0)
+    }
+
+    fn new(path: &Path, lines: File, length: u64, step: u64) -> Result<Self> {
+        let directory = path.parent().unwrap_or(Path::new("."));
+        let events = EventFile::create(directory, step)?;
         Ok(MetricsWriter {
             path: path.to_path_buf(),
-            file: Some(file),
-            length: 0,
+            files: Some(Files { lines, events }),
+            length,
         })
     }
 
-    /// Continues a file, dropping what was written after its first `length` bytes.
+    /// Continues a file after optimizer step `step`, dropping what was written after its first
+    /// `length` bytes.
     ///
     /// # Errors
     /// [`TrainError::RunDir`] if the file is shorter than that, [`TrainError::Io`] if it cannot
     /// be opened.
-    pub fn resume(path: &Path, length: u64) -> Result<Self> {
+    pub fn resume(path: &Path, length: u64, step: u64) -> Result<Self> {
         let mut file = OpenOptions::new()
             .write(true)
             .open(path)
@@ -159,29 +192,26 @@ impl MetricsWriter {
         file.set_len(length)
             .and_then(|()| file.seek(SeekFrom::Start(length)))
             .map_err(TrainError::io("truncate", path))?;
-        Ok(MetricsWriter {
-            path: path.to_path_buf(),
-            file: Some(file),
-            length,
-        })
+        Self::new(path, file, length, step)
     }
 
-    /// Appends one line.
+    /// Appends one line, and its figures as events.
     ///
     /// # Errors
-    /// [`TrainError::Io`] if it cannot be written.
+    /// [`TrainError::Io`] if they cannot be written.
     pub fn append(&mut self, record: &Record) -> Result<()> {
         let mut line = serde_json::to_vec(record)
             .map_err(std::io::Error::from)
             .map_err(TrainError::io("write", &self.path))?;
         line.push(b'\n');
-        let Some(file) = &mut self.file else {
+        let Some(Files { lines, events }) = &mut self.files else {
             return Ok(());
         };
-        file.write_all(&line)
+        lines
+            .write_all(&line)
             .map_err(TrainError::io("write", &self.path))?;
         self.length += line.len() as u64;
-        Ok(())
+        events.append(record)
     }
 
     /// Makes all lines durable and says how long the file is, for a checkpoint.
@@ -189,8 +219,9 @@ impl MetricsWriter {
     /// # Errors
     /// [`TrainError::Io`] if the system cannot write them out.
     pub fn sync(&mut self) -> Result<u64> {
-        if let Some(file) = &self.file {
-            file.sync_data()
+        if let Some(Files { lines, .. }) = &self.files {
+            lines
+                .sync_data()
                 .map_err(TrainError::io("synchronise", &self.path))?;
         }
         Ok(self.length)
@@ -233,13 +264,15 @@ mod tests {
             ce_loss: 2.125,
             aux_loss: 0.125,
             lr: 1e-3,
-            grad_norm: 0.7,
+            grad_norm: Some(0.7),
+            loss_scale: None,
             images_per_s: 100.0,
             layers: vec![LayerLoad {
                 tokens_per_expert: vec![3, 0, 1],
                 entropy: 0.5,
                 tile_waste: 0.25,
             }],
+            memory: MemoryRecord::default(),
         })
     }
 
@@ -278,10 +311,10 @@ mod tests {
         .unwrap();
         assert_eq!(read_records(&path).unwrap(), [step(1), step(2)]);
 
-        let mut writer = MetricsWriter::resume(&path, length).unwrap();
+        let mut writer = MetricsWriter::resume(&path, length, 1).unwrap();
         writer.append(&step(9)).unwrap();
         assert_eq!(read_records(&path).unwrap(), [step(1), step(9)]);
-        assert!(MetricsWriter::resume(&path, 1 << 20).is_err());
+        assert!(MetricsWriter::resume(&path, 1 << 20, 1).is_err());
     }
 
     #[test]

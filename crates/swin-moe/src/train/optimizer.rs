@@ -62,6 +62,19 @@ impl<B: Backend> FlatGradients<B> {
     }
 }
 
+impl<B: Backend> FlatGradients<B> {
+    /// All of them times `factor`.
+    pub(super) fn times(self, factor: f64) -> Self {
+        let scaled = self.0.into_iter().map(|flat| flat.mul_scalar(factor));
+        FlatGradients(scaled.collect())
+    }
+
+    /// Their norm, `[1]`.
+    pub(super) fn norm(&self) -> Tensor<B, 1> {
+        global_norm(&self.0)
+    }
+}
+
 /// Whether weight decay acts on a parameter: on tensors of two or more dimensions, but not on the
 /// position bias' MLP, the router's cosine parts, nor experts' biases (`[num_experts, width]`).
 pub fn decays(name: &str, num_dims: usize) -> bool {
@@ -120,14 +133,15 @@ impl<B: AutodiffBackend> AdamW<B> {
         }
     }
 
-    /// Takes the gradients of `model`'s trained parameters out of a backward pass' results.
+    /// Takes the gradients of `model`'s trained parameters out of the results of backward passes,
+    /// of which each parameter had a part in one.
     ///
     /// # Errors
     /// [`TrainError::NoGradient`] if a trained parameter has none.
     pub fn gradients<M: Module<B>>(
         &self,
         model: &M,
-        gradients: B::Gradients,
+        gradients: Vec<B::Gradients>,
     ) -> Result<FlatGradients<B::InnerBackend>> {
         self.gradients_or_zeros(model, gradients, false)
     }
@@ -136,7 +150,7 @@ impl<B: AutodiffBackend> AdamW<B> {
     pub(super) fn gradients_or_zeros<M: Module<B>>(
         &self,
         model: &M,
-        mut gradients: B::Gradients,
+        mut gradients: Vec<B::Gradients>,
         zeros: bool,
     ) -> Result<FlatGradients<B::InnerBackend>> {
         let mut taker = GradientTaker::<B> {
@@ -353,7 +367,7 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for Collector<'_, B> {
 
 struct GradientTaker<'a, B: AutodiffBackend> {
     path: ModulePath,
-    gradients: &'a mut B::Gradients,
+    gradients: &'a mut [B::Gradients],
     taken: Vec<Tensor<B::InnerBackend, 1>>,
     zeros: bool,
     without: Option<String>,
@@ -373,7 +387,8 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for GradientTaker<'_, B> {
         if !takes_part(&value) {
             return;
         }
-        match value.grad_remove(self.gradients) {
+        let mut passes = self.gradients.iter_mut();
+        match passes.find_map(|gradients| value.grad_remove(gradients)) {
             Some(gradient) => self.taken.push(flatten(gradient)),
             None if self.zeros => {
                 let len = value.shape().num_elements();

@@ -1,5 +1,7 @@
 //! A few training steps on synthetic images: predicted and measured peak memory side by side.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use hexa_ops::TrainingBackend;
 use hexa_ops::memory::{self, device_memory};
 use serde::Serialize;
@@ -9,7 +11,9 @@ use super::error::{Result, TrainError};
 use super::faults::DeviceFaults;
 use super::loss::cross_entropy;
 use super::optimizer::{AdamW, FlatGradients};
+use super::pass::{self, LossWeights};
 use super::setup::{adamw_config, new_model};
+use super::step_memory::StepMemory;
 use crate::backend::{BackendKind, Job, dispatch};
 use crate::config::Config;
 use crate::data::Batch;
@@ -72,6 +76,7 @@ pub fn step_shape(config: &Config, backend: BackendKind) -> StepShape {
     StepShape {
         images: train.batch_size.div_ceil(parts),
         accumulates: parts > 1,
+        checkpoints: train.activation_checkpointing,
         averages: train.ema_decay > 0.0,
         rows: Rows::of(backend),
     }
@@ -91,11 +96,17 @@ impl Job for ProbeJob {
     type Output = Result<MemoryProbe>;
 
     fn run<B: TrainingBackend>(self, device: &B::Device) -> Self::Output {
-        let faults = self.0.faults.clone();
-        probe_on::<B>(&self.0, device).and_then(|probe| {
+        let ProbeRequest { config, faults, .. } = &self.0;
+        let model = model_config(config, self.0.num_classes)?;
+        let shape = step_shape(config, self.0.backend);
+        let predicted = TrainingMemory::new(&model, shape)?.peak();
+        let mut memory = StepMemory::new(config, Some(predicted));
+        let probed = catch_unwind(AssertUnwindSafe(|| {
+            let probe = probe_on::<B>(&self.0, device)?;
             faults.check("while memory was measured")?;
             Ok(probe)
-        })
+        }));
+        memory.explain(probed, faults)
     }
 }
 
@@ -159,15 +170,28 @@ fn one_step<B: TrainingBackend>(
     for part in synthetic(config, &model).into_parts(config.train.accumulation_steps) {
         let before = in_use();
         let (images, targets) = upload::<B>(part, device);
-        let output = model.forward(images)?;
-        let loss = cross_entropy(output.logits, targets, config.train.label_smoothing);
-        let loss = loss + output.aux_loss;
-        drop(output.loads);
-        *kept = in_use()
-            .zip(before)
-            .map(|(after, before)| after.saturating_sub(before));
-        let gradients = loss.backward();
-        memory::note::<B>(device);
+        let label_smoothing = config.train.label_smoothing;
+        let gradients = if config.train.activation_checkpointing {
+            let weights = LossWeights {
+                label_smoothing,
+                ce: 1.0,
+                aux: 1.0,
+                scale: 1.0,
+            };
+            let seed = |segment| segment as u64;
+            pass::by_segments(&model, images, targets, weights, seed)?.gradients
+        } else {
+            let output = model.forward(images)?;
+            let loss = cross_entropy(output.logits, targets, label_smoothing);
+            let loss = loss + output.aux_loss;
+            drop(output.loads);
+            *kept = in_use()
+                .zip(before)
+                .map(|(after, before)| after.saturating_sub(before));
+            let gradients = loss.backward();
+            memory::note::<B>(device);
+            vec![gradients]
+        };
         let gradients = optimizer.gradients(&model, gradients)?;
         sum = Some(match sum {
             Some(sum) => sum.plus(gradients),

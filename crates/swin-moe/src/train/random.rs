@@ -14,6 +14,16 @@ pub fn step_seed(seed: u64, step: u64) -> u64 {
     mix(seed, step)
 }
 
+/// Seed of everything that one pass over a part of a step's batch draws.
+pub fn pass_seed(step_seed: u64, part: usize) -> u64 {
+    mix(!step_seed, part as u64)
+}
+
+/// Seed of everything that one segment of the model draws in a pass.
+pub fn segment_seed(pass_seed: u64, segment: usize) -> u64 {
+    mix(pass_seed, segment as u64)
+}
+
 /// SplitMix64's finalizer (Steele, Lea and Flood, 2014) over both numbers.
 fn mix(a: u64, b: u64) -> u64 {
     finalize(finalize(a.wrapping_add(0x9e37_79b9_7f4a_7c15)) ^ b)

@@ -1,27 +1,30 @@
 //! The training loop.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use burn::module::AutodiffModule;
 use burn::tensor::Tensor;
-use hexa_ops::TrainingBackend;
+use hexa_ops::{TrainingBackend, memory};
 
 use super::checkpoint::RunState;
 use super::device::{self, scalar};
 use super::error::{Result, TrainError};
 use super::evaluate::evaluate_together;
 use super::images::Images;
-use super::loss::cross_entropy;
+use super::loss_scale::LossScale;
 use super::metrics::{EvalRecord, LayerLoad, MetricsWriter, Record, StepRecord, WORST_CLASSES};
 use super::optimizer::{AdamW, FlatGradients};
 use super::params::read_params;
+use super::pass::{self, LossWeights};
 use super::progress::Progress;
-use super::random::step_seed;
+use super::random::{pass_seed, segment_seed, step_seed};
 use super::ranks::{Ranks, Snapshot};
 use super::report;
 use super::request::{Control, End, Outcome};
 use super::run_dir::RunDir;
 use super::schedule::Schedule;
+use super::step_memory::StepMemory;
 use crate::backend::BackendKind;
 use crate::config::Config;
 use crate::data::Batch;
@@ -43,6 +46,7 @@ pub(super) struct Session<'a, B: TrainingBackend> {
     pub control: Control,
     pub place: Place<B>,
     pub ranks: Ranks,
+    pub memory: StepMemory,
 }
 
 /// How far a run is.
@@ -55,6 +59,7 @@ pub(super) struct Place<B: TrainingBackend> {
     pub ce_sum: Tensor<B::InnerBackend, 1>,
     pub aux_sum: Tensor<B::InnerBackend, 1>,
     pub best_top1: Option<f32>,
+    pub loss_scale: Option<LossScale>,
     pub last_eval: Option<EvalRecord>,
 }
 
@@ -111,7 +116,23 @@ impl Pace {
 
 impl<B: TrainingBackend> Session<'_, B> {
     /// Trains until the end of the last epoch, or until asked to stop.
+    ///
+    /// # Errors
+    /// [`TrainError`]; the last good checkpoint stands.
     pub(super) fn run(mut self) -> Result<Outcome> {
+        let trained = catch_unwind(AssertUnwindSafe(|| self.train()));
+        let end = self.memory.explain(trained, &self.control.faults)?;
+        Ok(Outcome {
+            is_lead: self.ranks.is_lead(),
+            run: self.run,
+            end,
+            step: self.place.step,
+            last_eval: self.place.last_eval,
+            best_top1: self.place.best_top1,
+        })
+    }
+
+    fn train(&mut self) -> Result<End> {
         let epochs = self.config.train.epochs as u64;
         let mut end = self.reason_to_stop();
         while end.is_none() && self.place.epoch < epochs {
@@ -126,23 +147,16 @@ impl<B: TrainingBackend> Session<'_, B> {
         }
         self.progress.finish();
         self.write_report()?;
-        Ok(Outcome {
-            is_lead: self.ranks.is_lead(),
-            run: self.run,
-            end: match end {
-                Some(end) if self.place.epoch < epochs => end,
-                _ => End::Finished,
-            },
-            step: self.place.step,
-            last_eval: self.place.last_eval,
-            best_top1: self.place.best_top1,
+        Ok(match end {
+            Some(end) if self.place.epoch < epochs => end,
+            _ => End::Finished,
         })
     }
 
     /// The rest of the current epoch. Gives the reason if it was cut short.
     fn train_epoch(&mut self) -> Result<Option<End>> {
         let train = &self.config.train;
-        let log_every = train.log_every.max(1) as u64;
+        let log_every = self.log_every();
         let save_every = self.config.checkpoint.every_steps.map(|steps| steps as u64);
         let batches = self.images.train.batches(
             train.batch_size,
@@ -175,6 +189,10 @@ impl<B: TrainingBackend> Session<'_, B> {
         Ok(None)
     }
 
+    fn log_every(&self) -> u64 {
+        self.config.train.log_every.max(1) as u64
+    }
+
     fn reason_to_stop(&self) -> Option<End> {
         if self.ranks.is_to_stop(self.control.stop.is_raised()) {
             Some(End::Interrupted)
@@ -199,15 +217,16 @@ impl<B: TrainingBackend> Session<'_, B> {
             return Ok(None);
         }
         let lr = self.schedule.lr_at(self.place.step);
-        B::seed(
-            self.device,
-            step_seed(self.config.train.seed, self.place.step),
-        );
+        let seed = step_seed(self.config.train.seed, self.place.step);
+        B::seed(self.device, seed);
         let position = batch.position as u64;
+        if (self.place.step + 1).is_multiple_of(self.log_every()) {
+            self.memory.watch();
+        }
         let parts = self.config.train.accumulation_steps;
         let mut sums: Option<PartSums<B>> = None;
-        for part in self.ranks.parts(batch, parts) {
-            let Some(part) = self.part(part, share.global)? else {
+        for (number, part) in self.ranks.parts(batch, parts).into_iter().enumerate() {
+            let Some(part) = self.part(part, share.global, pass_seed(seed, number))? else {
                 continue;
             };
             sums = Some(match sums {
@@ -224,12 +243,22 @@ impl<B: TrainingBackend> Session<'_, B> {
         else {
             return Ok(None);
         };
-        let (model, grad_norm) =
-            self.ranks
-                .update(&mut self.optimizer, self.model.clone(), gradients, lr)?;
-        self.model = model;
-
+        let gradients = match self.place.loss_scale {
+            Some(scale) => gradients.times(1.0 / f64::from(scale.value())),
+            None => gradients,
+        };
+        let (gradients, grad_norm) = self.ranks.reduce(&self.optimizer, gradients)?;
         let place = &mut self.place;
+        let is_accepted = match &mut place.loss_scale {
+            // In f16 a step waits for the device, as it may have to be left out.
+            Some(scale) => scale.accept(scalar(grad_norm.clone())?, place.step + 1, lr)?,
+            None => true,
+        };
+        if is_accepted {
+            let (model, norm) = (self.model.clone(), grad_norm.clone());
+            self.model = self.optimizer.update(model, gradients, norm, lr);
+            memory::note::<B>(self.device);
+        }
         place.ce_sum = place.ce_sum.clone() + ce_loss.clone();
         place.aux_sum = place.aux_sum.clone() + aux_loss.clone();
         place.step += 1;
@@ -246,37 +275,40 @@ impl<B: TrainingBackend> Session<'_, B> {
 
     /// Losses and gradients of a part of a step's images, weighted by its share of them; none
     /// without images on any rank.
-    fn part(&self, part: Batch, images: usize) -> Result<Option<PartSums<B>>> {
+    fn part(&self, part: Batch, images: usize, seed: u64) -> Result<Option<PartSums<B>>> {
         let share = self.ranks.share(part.len(), images)?;
         if share.global == 0 {
             return Ok(None);
         }
-        let (ce_loss, output) = if part.is_empty() {
-            let output = self.model.forward_without_images(self.device)?;
-            (Tensor::zeros([1], self.device), output)
+        let weights = LossWeights {
+            label_smoothing: self.config.train.label_smoothing,
+            ce: share.local as f64 / images as f64,
+            aux: share.global as f64 / images as f64,
+            scale: self
+                .place
+                .loss_scale
+                .map_or(1.0, |scale| f64::from(scale.value())),
+        };
+        let is_empty = part.is_empty();
+        let pass = if is_empty {
+            pass::without_images(&self.model, weights, self.device)?
         } else {
             let (images, targets) = device::upload::<B>(part, self.device);
-            let output = self.model.forward(images)?;
-            let smoothing = self.config.train.label_smoothing;
-            let ce_loss = cross_entropy(output.logits.clone(), targets, smoothing);
-            (ce_loss, output)
+            if self.config.train.activation_checkpointing {
+                let seed = |segment| segment_seed(seed, segment);
+                pass::by_segments(&self.model, images, targets, weights, seed)?
+            } else {
+                pass::whole(&self.model, images, targets, weights)?
+            }
         };
-        let weigh = |loss: Tensor<B, 1>, of: usize| match of == images {
-            true => loss,
-            false => loss * (of as f64 / images as f64),
-        };
-        let ce_loss = weigh(ce_loss, share.local);
-        let aux_loss = weigh(output.aux_loss, share.global);
-        let gradients = (ce_loss.clone() + aux_loss.clone()).backward();
+        let gradients = self
+            .optimizer
+            .gradients_or_zeros(&self.model, pass.gradients, is_empty)?;
         Ok(Some(PartSums {
-            ce_loss: ce_loss.inner(),
-            aux_loss: aux_loss.inner(),
-            gradients: self.optimizer.gradients_or_zeros(
-                &self.model,
-                gradients,
-                share.local == 0,
-            )?,
-            loads: output.loads,
+            ce_loss: pass.ce_loss,
+            aux_loss: pass.aux_loss,
+            gradients,
+            loads: pass.loads,
         }))
     }
 
@@ -295,13 +327,15 @@ impl<B: TrainingBackend> Session<'_, B> {
             ce_loss,
             aux_loss,
             lr: trace.lr,
-            grad_norm: scalar(trace.grad_norm)?,
+            grad_norm: Some(scalar(trace.grad_norm)?).filter(|norm| norm.is_finite()),
+            loss_scale: self.place.loss_scale.map(LossScale::value),
             images_per_s: pace.images_per_s(),
             layers: trace
                 .loads
                 .iter()
                 .map(|load| Ok(LayerLoad::from(load.read()?)))
                 .collect::<Result<_>>()?,
+            memory: self.memory.record(),
         };
         self.check_device()?;
         self.progress.step(&record);
@@ -429,6 +463,7 @@ impl<B: TrainingBackend> Session<'_, B> {
             ce_sum_bits: ce_sum.to_bits(),
             aux_sum_bits: aux_sum.to_bits(),
             best_top1: self.place.best_top1,
+            loss_scale: self.place.loss_scale,
             metrics_bytes: self.metrics.sync()?,
             backend: self.backend,
             seed: self.config.train.seed,

@@ -10,9 +10,11 @@ use hexa_ops::TrainingBackend;
 use super::checkpoint::{Checkpoint, RunState};
 use super::error::{Result, TrainError};
 use super::images::Images;
+use super::loss_scale::LossScale;
 use super::metrics::{EvalRecord, MetricsWriter, Record, read_records};
 use super::optimizer::{AdamW, AdamWConfig};
 use super::params::write_params;
+use super::probe::step_shape;
 use super::progress::Progress;
 use super::random::init_seed;
 use super::ranks::{RankJob, Ranks, Seat, launch};
@@ -21,9 +23,10 @@ use super::request::{Control, Outcome, ResumeRequest, TrainRequest};
 use super::run_dir::RunDir;
 use super::schedule::Schedule;
 use super::session::{Place, Session};
+use super::step_memory::StepMemory;
 use crate::backend::{BackendKind, check_precision};
 use crate::config::{Config, DataSource, TrainConfig};
-use crate::memory::{Held, check_fits};
+use crate::memory::{Held, PeakMemory, TrainingMemory, check_fits};
 use crate::model::SwinMoe;
 use crate::settings::model_config;
 
@@ -132,6 +135,7 @@ impl RankJob for Start {
             ce_sum: Tensor::zeros([1], device),
             aux_sum: Tensor::zeros([1], device),
             best_top1: None,
+            loss_scale: LossScale::of(config.train.precision),
             last_eval: None,
         };
         let parts = Parts {
@@ -186,7 +190,7 @@ impl RankJob for Continue {
         }
         let metrics = if ranks.is_lead() {
             self.run.set_newer_aside(&path)?;
-            MetricsWriter::resume(&self.run.metrics(), state.metrics_bytes)?
+            MetricsWriter::resume(&self.run.metrics(), state.metrics_bytes, state.step)?
         } else {
             MetricsWriter::nowhere(&self.run.metrics())
         };
@@ -204,6 +208,9 @@ impl RankJob for Continue {
             ce_sum: Tensor::full([1], ce_sum, device),
             aux_sum: Tensor::full([1], f32::from_bits(state.aux_sum_bits), device),
             best_top1: state.best_top1,
+            // Of settings that were changed to f16, it starts anew.
+            loss_scale: LossScale::of(self.config.train.precision)
+                .map(|first| state.loss_scale.unwrap_or(first)),
             last_eval: last_eval(&self.run)?,
         };
         let parts = Parts {
@@ -291,7 +298,10 @@ impl Parts {
         let train = &self.config.train;
         let steps_per_epoch = self.images.train.num_batches(train.batch_size);
         let schedule = schedule(train, steps_per_epoch);
-        let facts = facts(&self, &schedule);
+        let predicted = self.predicted_memory(&model)?;
+        let mut facts = facts(&self, &schedule);
+        facts.predicted_bytes = predicted.as_ref().map(PeakMemory::total_bytes);
+        let memory = StepMemory::new(&self.config, predicted);
         let (steps, epochs) = (schedule.total_steps, train.epochs as u64);
         let progress = if self.ranks.is_lead() {
             Progress::new(self.control.verbosity, place.step, steps, epochs)
@@ -317,7 +327,21 @@ impl Parts {
             control: self.control,
             place,
             ranks: self.ranks,
+            memory,
         })
+    }
+
+    /// Of a step; none where ranks share the model.
+    fn predicted_memory<B: TrainingBackend>(
+        &self,
+        model: &SwinMoe<B>,
+    ) -> Result<Option<PeakMemory>> {
+        if self.ranks.place().1 > 1 {
+            return Ok(None);
+        }
+        let shape = step_shape(&self.config, self.backend);
+        let memory = TrainingMemory::new(model.config(), shape)?;
+        Ok(Some(memory.peak()))
     }
 }
 
@@ -326,6 +350,7 @@ fn facts(parts: &Parts, schedule: &Schedule) -> Facts {
     let line = |label: &str, value: String| (label.to_owned(), value);
     Facts {
         name: parts.name.clone(),
+        predicted_bytes: None,
         lines: vec![
             line("back-end", parts.backend.to_string()),
             line("arithmetic", config.train.precision.name().to_owned()),

@@ -21,7 +21,7 @@ pub fn records(run: &Path) -> Vec<Value> {
         .collect()
 }
 
-/// All records, but for the time that steps took. Numbers are written so that they read back
+/// All records, but for the time and memory that steps took. Numbers are written so that they read back
 /// equal to the bit: equal text is equal numbers.
 pub fn numbers(run: &Path) -> Vec<String> {
     records(run)
@@ -29,6 +29,7 @@ pub fn numbers(run: &Path) -> Vec<String> {
         .map(|mut record| {
             if let Some(fields) = record.as_object_mut() {
                 fields.remove("images_per_s");
+                fields.remove("memory");
             }
             record.to_string()
         })
@@ -103,11 +104,28 @@ fn a_stopped_run_goes_on_as_if_it_had_not_been() {
 fn mixed_precision_repeats_and_resumes() {
     let dir = tempfile::tempdir().unwrap();
     let [unbroken, broken, refused] = ["unbroken", "broken", "refused"].map(|n| dir.path().join(n));
-    let bf16 = ["train.precision=bf16"];
-    train_tiny(&unbroken, &bf16, "");
-    train_tiny(&broken, &bf16, "--max-steps 7");
-    resume(&broken, "");
-    assert_same(&unbroken, &broken);
+    for precision in ["f16", "bf16"] {
+        let mixed = [format!("train.precision={precision}")];
+        let mixed = [mixed[0].as_str()];
+        train_tiny(&unbroken, &mixed, "");
+        train_tiny(&broken, &mixed, "--max-steps 7");
+        resume(&broken, "");
+        assert_same(&unbroken, &broken);
+        let is_scaled = |record: &Value| record["loss_scale"].as_f64() == Some(65_536.0);
+        let steps = records(&unbroken)
+            .into_iter()
+            .filter(|r| r["kind"] == "step");
+        assert!(steps.clone().count() > 1);
+        assert!(
+            steps
+                .map(|r| is_scaled(&r))
+                .all(|scaled| scaled == (precision == "f16"))
+        );
+        fs::remove_dir_all(&broken).unwrap();
+        if precision == "f16" {
+            fs::remove_dir_all(&unbroken).unwrap();
+        }
+    }
     let line = format!("eval --run {} --precision", unbroken.display());
     succeed(&words(&format!("{line} f32")));
 
@@ -122,6 +140,35 @@ fn mixed_precision_repeats_and_resumes() {
     assert_eq!(said.status, Some(1), "{}", said.stderr);
     assert!(said.stderr.contains("train.precision"), "{}", said.stderr);
     assert!(!refused.exists());
+}
+
+/// Balance losses so heavy that their gradients are too large for f16 until the scale has fallen:
+/// such a step leaves weights and moments as they were.
+#[test]
+fn steps_with_gradients_beyond_f16_are_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let sets = [
+        "train.precision=f16",
+        "train.batch_size=2",
+        "moe.aux_loss_weight=100",
+    ];
+    train_tiny(&out, &sets, "--max-steps 1");
+    let first = records(&out).remove(0);
+    assert!(first["grad_norm"].is_null(), "{first}");
+    assert_eq!(first["loss_scale"], 32_768.0);
+    for (name, bytes) in tensors(&out) {
+        if name.starts_with("optimizer.") {
+            assert!(bytes.iter().all(|&byte| byte == 0), "{name}");
+        }
+    }
+    resume(&out, "--max-steps 6");
+    let steps = records(&out);
+    assert_eq!(steps.len(), 6);
+    let done = steps
+        .iter()
+        .filter(|record| record["grad_norm"].is_number());
+    assert!(done.count() > 2);
 }
 
 /// Lines behind the last checkpoint, as a killed process leaves them, are written anew.

@@ -7,7 +7,6 @@ use hexa_moe::parallel::comm::{Collective, Payload};
 use hexa_ops::TrainingBackend;
 
 use super::{Member, Ranks};
-use crate::model::SwinMoe;
 use crate::train::classes::Confusion;
 use crate::train::device::read;
 use crate::train::error::Result;
@@ -15,24 +14,21 @@ use crate::train::optimizer::{AdamW, FlatGradients};
 use crate::train::tally::Tally;
 
 impl Ranks {
-    /// One optimizer step with the sums of all ranks' gradients; gives their norm before clipping,
-    /// `[1]`.
-    pub(in crate::train) fn update<B: TrainingBackend>(
+    /// The sums of all ranks' gradients, and their norm, `[1]`.
+    pub(in crate::train) fn reduce<B: TrainingBackend>(
         &self,
-        optimizer: &mut AdamW<B>,
-        model: SwinMoe<B>,
+        optimizer: &AdamW<B>,
         gradients: FlatGradients<B::InnerBackend>,
-        lr: f64,
-    ) -> Result<(SwinMoe<B>, Tensor<B::InnerBackend, 1>)> {
+    ) -> Result<(FlatGradients<B::InnerBackend>, Tensor<B::InnerBackend, 1>)> {
         let Some(member) = &self.0 else {
-            return Ok(optimizer.step(model, gradients, lr));
+            let norm = gradients.norm();
+            return Ok((gradients, norm));
         };
         // What a backward pass could not report, and the end of the gathered weights.
         member.context.cache().clear();
         member.context.check()?;
         let (sums, norm) = member.sum_gradients(gradients.0, optimizer.sliced_buckets())?;
-        let model = optimizer.update(model, FlatGradients(sums), norm.clone(), lr);
-        Ok((model, norm))
+        Ok((FlatGradients(sums), norm))
     }
 
     /// Sums of values over ranks, in the order of ranks.

@@ -19,7 +19,7 @@ use hexa_moe::parallel::{
 };
 use hexa_ops::{ExpertOps, TrainingBackend};
 
-use super::error::Result;
+use super::error::{Result, TrainError};
 use super::optimizer::{AdamW, AdamWConfig};
 use super::params::HostTensors;
 use crate::config::Config;
@@ -61,6 +61,13 @@ impl Ranks {
         let Some(context) = &seat.context else {
             return Ok((Ranks(None), model));
         };
+        if config.train.activation_checkpointing && context.world_size() > 1 {
+            return Err(TrainError::Request(format!(
+                "train.activation_checkpointing is true and there are {} ranks; it is for one rank: \
+                 set it to false, or raise train.accumulation_steps to save memory",
+                context.world_size()
+            )));
+        }
         let (settings, batch_size) = (&config.parallel, config.train.batch_size);
         let d_ff: Vec<usize> = model
             .moe_layers()

@@ -7,8 +7,9 @@ use std::fmt::Write;
 use self::svg::{Series, escape, line_chart, number, palette, stacked_chart};
 use super::checkpoint::write_atomically;
 use super::error::Result;
-use super::metrics::{EvalRecord, LayerLoad, Record, StepRecord, read_records};
+use super::metrics::{EvalRecord, LayerLoad, MemoryRecord, Record, StepRecord, read_records};
 use super::run_dir::RunDir;
+use crate::info::binary;
 
 const STYLE: &str = include_str!("style.css");
 const BLUE: &str = "hsl(215 70% 52%)";
@@ -20,8 +21,10 @@ const GREEN: &str = "hsl(150 50% 42%)";
 pub struct Facts {
     /// The run's name.
     pub name: String,
-    /// Label and value of each line under the title.
+    /// Label and value of each line of the last table.
     pub lines: Vec<(String, String)>,
+    /// Predicted peak of the memory that tensors take, where there is a prediction.
+    pub predicted_bytes: Option<u64>,
 }
 
 /// Writes the page from the run's metrics, replacing an earlier one as a whole.
@@ -57,7 +60,11 @@ pub fn render(facts: &Facts, records: &[Record]) -> String {
         ("Learning rate", step_chart(&steps, |step| step.lr, true)),
         (
             "Gradient norm before clipping",
-            step_chart(&steps, |step| f64::from(step.grad_norm), true),
+            step_chart(
+                &steps,
+                |step| step.grad_norm.map_or(f64::NAN, f64::from),
+                true,
+            ),
         ),
         (
             "Images per second",
@@ -74,7 +81,8 @@ pub fn render(facts: &Facts, records: &[Record]) -> String {
     html.push_str(&expert_section(&steps, &evals));
     html.push_str(&class_table(&evals));
     html.push_str("<h2>Run</h2><table class=\"facts\">");
-    for (label, value) in &facts.lines {
+    let memory = memory_lines(facts, &steps);
+    for (label, value) in facts.lines.iter().chain(&memory) {
         let _ = write!(
             html,
             "<tr><th>{}</th><td>{}</td></tr>",
@@ -84,6 +92,31 @@ pub fn render(facts: &Facts, records: &[Record]) -> String {
     }
     html.push_str("</table></main></body></html>\n");
     html
+}
+
+/// Predicted and measured peaks.
+fn memory_lines(facts: &Facts, steps: &[&StepRecord]) -> Vec<(String, String)> {
+    let most = |pick: fn(&MemoryRecord) -> Option<u64>| {
+        steps.iter().filter_map(|step| pick(&step.memory)).max()
+    };
+    [
+        ("peak memory of tensors, predicted", facts.predicted_bytes),
+        (
+            "peak memory of tensors, measured",
+            most(|memory| memory.tensor_bytes),
+        ),
+        (
+            "memory taken from the device",
+            most(|memory| memory.reserved_bytes),
+        ),
+        (
+            "peak memory of the process",
+            most(|memory| memory.host_bytes),
+        ),
+    ]
+    .into_iter()
+    .filter_map(|(label, bytes)| Some((label.to_owned(), binary(bytes?))))
+    .collect()
 }
 
 fn push_figure(html: &mut String, title: &str, chart: &str) {
@@ -182,7 +215,8 @@ fn accuracy_chart(evals: &[&EvalRecord]) -> String {
 }
 
 fn step_chart(steps: &[&StepRecord], pick: fn(&StepRecord) -> f64, from_zero: bool) -> String {
-    let points = steps.iter().map(|s| (s.step as f64, pick(s))).collect();
+    let points = steps.iter().map(|s| (s.step as f64, pick(s)));
+    let points = points.filter(|(_, value)| value.is_finite()).collect();
     let mut chart = line_chart("step", &[Series::line("", BLUE, points)], from_zero);
     // One line needs no legend.
     if let Some(end) = chart.find("</svg>") {
@@ -325,9 +359,14 @@ mod tests {
                     ce_loss: 1.9 / step as f32,
                     aux_loss: 0.01,
                     lr: 1e-3,
-                    grad_norm: 1.0,
+                    grad_norm: (step != 7).then_some(1.0),
+                    loss_scale: None,
                     images_per_s: 321.0,
                     layers: layers(step),
+                    memory: MemoryRecord {
+                        host_bytes: Some(step << 20),
+                        ..MemoryRecord::default()
+                    },
                 })
             })
             .collect();
@@ -356,6 +395,7 @@ mod tests {
         let facts = Facts {
             name: "digits <1>".to_owned(),
             lines: vec![("back-end".to_owned(), "cpu".to_owned())],
+            predicted_bytes: Some(3 << 29),
         };
         let page = render(&facts, &records());
         for part in [
@@ -369,6 +409,8 @@ mod tests {
             "87.50 %",
             "expert 2",
             "<th>back-end</th><td>cpu</td>",
+            "<th>peak memory of tensors, predicted</th><td>1.50 GiB</td>",
+            "<th>peak memory of the process</th><td>40.00 MiB</td>",
             "six &amp; nine</th><td>61.25 %</td><td>31</td><td>eight (7)",
         ] {
             assert!(page.contains(part), "{part} is missing");
@@ -381,6 +423,7 @@ mod tests {
         let loss = page.split("<polyline points=\"").nth(1).unwrap();
         assert_eq!(loss.split('"').next().unwrap().split(' ').count(), 40);
         assert!(!page.contains("NaN") && !page.contains("inf"));
+        assert!(!page.contains("taken from the device"));
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! The model's parts against loops, and its behaviour as a module, on the back-end that
 //! `HEXA_TEST_BACKEND` names.
 
+mod checkpointing;
+mod memory;
+
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::module::AutodiffModule;

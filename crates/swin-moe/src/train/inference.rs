@@ -13,7 +13,7 @@ use super::evaluate::{Evaluation, evaluate_together};
 use super::faults::DeviceFaults;
 use super::images::{TestImages, prepare_file};
 use super::optimizer::averages;
-use super::params::{read_params, write_params};
+use super::params::{HostTensors, read_params, write_params};
 use super::ranks::{RankJob, Ranks, Seat, Snapshot, launch};
 use super::request::ParallelOverrides;
 use super::run_dir::RunDir;
@@ -159,6 +159,11 @@ impl Trained {
         dispatch(backend, job)?
     }
 
+    /// What was evaluated in training.
+    pub(super) fn into_weights(self) -> HostTensors {
+        evaluated(self.checkpoint)
+    }
+
     /// The model on a device that computes in its arithmetic, without autodiff.
     fn model_to_run<B: TrainingBackend>(
         self,
@@ -173,13 +178,11 @@ impl Trained {
         self,
         device: &B::Device,
     ) -> Result<(SwinMoe<B::InnerBackend>, RunState, Config)> {
-        let state = self.checkpoint.state;
+        let state = self.checkpoint.state.clone();
         let config = model_config(&self.config, state.class_names.len())?;
         check_fits(&config, Held::Parameters, 1)?;
         let model = config.init::<B::InnerBackend>(device)?;
-        // What was evaluated in training: the moving averages, where there are any.
-        let mut params = self.checkpoint.model;
-        params.extend(averages(&self.checkpoint.optimizer));
+        let params = evaluated(self.checkpoint);
         let model = write_params(model, params).map_err(|reason| TrainError::Checkpoint {
             path: self.path,
             reason,
@@ -187,6 +190,13 @@ impl Trained {
         })?;
         Ok((model, state, self.config))
     }
+}
+
+/// The weights, or their moving averages where there are any.
+fn evaluated(checkpoint: Checkpoint) -> HostTensors {
+    let mut params = checkpoint.model;
+    params.extend(averages(&checkpoint.optimizer));
+    params
 }
 
 #[derive(Clone)]

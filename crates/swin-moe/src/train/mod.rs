@@ -9,6 +9,7 @@ mod device;
 mod error;
 mod evaluate;
 mod faults;
+mod finetune;
 mod images;
 mod inference;
 mod interrupt;

@@ -10,6 +10,7 @@ use super::checkpoint::RunState;
 use super::device::{self, scalar};
 use super::error::{Result, TrainError};
 use super::evaluate::evaluate_together;
+use super::finetune::{forward, forward_without_images};
 use super::images::Images;
 use super::loss::cross_entropy;
 use super::metrics::{EvalRecord, LayerLoad, MetricsWriter, Record, StepRecord, WORST_CLASSES};
@@ -251,12 +252,13 @@ impl<B: TrainingBackend> Session<'_, B> {
         if share.global == 0 {
             return Ok(None);
         }
+        let freeze = self.config.init.freeze;
         let (ce_loss, output) = if part.is_empty() {
-            let output = self.model.forward_without_images(self.device)?;
+            let output = forward_without_images(&self.model, self.device, freeze)?;
             (Tensor::zeros([1], self.device), output)
         } else {
             let (images, targets) = device::upload::<B>(part, self.device);
-            let output = self.model.forward(images)?;
+            let output = forward(&self.model, images, freeze)?;
             let smoothing = self.config.train.label_smoothing;
             let ce_loss = cross_entropy(output.logits.clone(), targets, smoothing);
             (ce_loss, output)

@@ -9,6 +9,7 @@ use hexa_ops::TrainingBackend;
 
 use super::checkpoint::{Checkpoint, RunState};
 use super::error::{Result, TrainError};
+use super::finetune::{Origin, frozen, frozen_note};
 use super::images::Images;
 use super::metrics::{EvalRecord, MetricsWriter, Record, read_records};
 use super::optimizer::{AdamW, AdamWConfig};
@@ -22,7 +23,7 @@ use super::run_dir::RunDir;
 use super::schedule::Schedule;
 use super::session::{Place, Session};
 use crate::backend::{BackendKind, check_precision};
-use crate::config::{Config, DataSource, TrainConfig};
+use crate::config::{Config, DataSource, Freeze, TrainConfig};
 use crate::memory::{Held, check_fits};
 use crate::model::SwinMoe;
 use crate::settings::model_config;
@@ -31,11 +32,17 @@ use crate::settings::model_config;
 ///
 /// # Errors
 /// [`TrainError`], with the last good checkpoint in the run's directory if there was one.
-pub fn train(request: TrainRequest) -> Result<Outcome> {
+pub fn train(mut request: TrainRequest) -> Result<Outcome> {
     let images = Images::open(&request.config)?;
+    let origin = Origin::open(&mut request.config, images.class_names().len())?;
     let (backend, plan) = (request.backend, request.plan.clone());
     let parallel = request.config.parallel.clone();
-    launch(backend, &parallel, plan, Start { request, images })
+    let job = Start {
+        request,
+        images,
+        origin,
+    };
+    launch(backend, &parallel, plan, job)
 }
 
 /// Continues a run as if it had never stopped.
@@ -100,17 +107,27 @@ fn first_few(names: &[String]) -> String {
 struct Start {
     request: TrainRequest,
     images: Images,
+    origin: Option<Origin>,
 }
 
 impl RankJob for Start {
     type Output = Outcome;
 
     fn run<B: TrainingBackend>(self, device: &B::Device, seat: Seat) -> Result<Outcome> {
-        let Start { request, images } = self;
+        let Start {
+            request,
+            images,
+            origin,
+        } = self;
         let config = request.config;
         let classes = images.class_names().len();
         let model = seat.in_turn(|| new_model::<B>(&config, classes, request.backend, device))?;
+        let (model, notes) = match &origin {
+            Some(origin) => origin.apply(model)?,
+            None => (model, Vec::new()),
+        };
         let (ranks, model) = Ranks::join(&seat, &config, model)?;
+        let model = frozen(model, config.init.freeze);
         let optimizer = ranks.optimizer(adamw_config(&config.train), &model);
         let output = ranks.agree_on(&request.output)?;
         let (run, metrics) = if ranks.is_lead() {
@@ -143,6 +160,7 @@ impl RankJob for Start {
             metrics,
             control: request.control,
             ranks,
+            notes,
         };
         parts.session(model, optimizer, place, device)?.run()
     }
@@ -178,6 +196,7 @@ impl RankJob for Continue {
         let model = new_model::<B>(&self.config, classes, self.backend, device)?;
         let model = write_params(model, weights).map_err(unfit)?;
         let (ranks, model) = Ranks::join(&seat, &self.config, model)?;
+        let model = frozen(model, self.config.init.freeze);
         let mut optimizer = ranks.optimizer(adamw_config(&self.config.train), &model);
         // Imported weights come without moments: the run then starts with them.
         if state.step > 0 || !moments.is_empty() {
@@ -215,6 +234,7 @@ impl RankJob for Continue {
             metrics,
             control: self.control,
             ranks,
+            notes: Vec::new(),
         };
         parts.session(model, optimizer, place, device)?.run()
     }
@@ -278,6 +298,8 @@ struct Parts {
     metrics: MetricsWriter,
     control: Control,
     ranks: Ranks,
+    /// What is said at the start.
+    notes: Vec<String>,
 }
 
 impl Parts {
@@ -299,8 +321,11 @@ impl Parts {
             let (rank, _) = self.ranks.place();
             Progress::to_file(&self.run.rank_log(rank), steps, epochs)?
         };
-        if let Some(shares) = self.ranks.describe() {
-            progress.say(&shares);
+        let freeze = self.config.init.freeze;
+        let notes = self.notes.iter().cloned();
+        let notes = notes.chain(frozen_note(&model, freeze));
+        for note in notes.chain(self.ranks.describe()) {
+            progress.say(&note);
         }
         Ok(Session {
             device,
@@ -324,29 +349,34 @@ impl Parts {
 fn facts(parts: &Parts, schedule: &Schedule) -> Facts {
     let config = &parts.config;
     let line = |label: &str, value: String| (label.to_owned(), value);
+    let lines = vec![
+        line("back-end", parts.backend.to_string()),
+        line("arithmetic", config.train.precision.name().to_owned()),
+        line("seed", config.train.seed.to_string()),
+        line(
+            "images",
+            format!(
+                "{} for training, {} for testing, {} classes",
+                parts.images.train.len(),
+                parts.images.test.len(),
+                parts.images.class_names().len()
+            ),
+        ),
+        line("ranks", parts.ranks.place().1.to_string()),
+        line("steps", schedule.total_steps.to_string()),
+        line("batch size", config.train.batch_size.to_string()),
+        line("augmentation", config.augment.summary()),
+        line(
+            "experts",
+            format!("{}, top {}", config.moe.num_experts, config.moe.top_k),
+        ),
+    ];
+    let start = config.init.source.as_ref();
+    let start = start.map(|source| line("initial weights", format!("those of {source}")));
+    let trained = (config.init.freeze == Freeze::Backbone)
+        .then(|| line("trained", "the head alone".to_owned()));
     Facts {
         name: parts.name.clone(),
-        lines: vec![
-            line("back-end", parts.backend.to_string()),
-            line("arithmetic", config.train.precision.name().to_owned()),
-            line("seed", config.train.seed.to_string()),
-            line(
-                "images",
-                format!(
-                    "{} for training, {} for testing, {} classes",
-                    parts.images.train.len(),
-                    parts.images.test.len(),
-                    parts.images.class_names().len()
-                ),
-            ),
-            line("ranks", parts.ranks.place().1.to_string()),
-            line("steps", schedule.total_steps.to_string()),
-            line("batch size", config.train.batch_size.to_string()),
-            line("augmentation", config.augment.summary()),
-            line(
-                "experts",
-                format!("{}, top {}", config.moe.num_experts, config.moe.top_k),
-            ),
-        ],
+        lines: lines.into_iter().chain(start).chain(trained).collect(),
     }
 }

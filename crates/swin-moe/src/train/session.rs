@@ -1,6 +1,6 @@
 //! The training loop.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use burn::module::AutodiffModule;
 use burn::tensor::Tensor;
@@ -23,6 +23,7 @@ use super::report;
 use super::request::{Control, End, Outcome};
 use super::run_dir::RunDir;
 use super::schedule::Schedule;
+use super::starvation::{self, Starvation};
 use crate::backend::BackendKind;
 use crate::config::Config;
 use crate::data::Batch;
@@ -44,6 +45,7 @@ pub(super) struct Session<'a, B: TrainingBackend> {
     pub control: Control,
     pub place: Place<B>,
     pub ranks: Ranks,
+    pub starvation: Starvation,
 }
 
 /// How far a run is.
@@ -95,14 +97,23 @@ impl<B: TrainingBackend> PartSums<B> {
 struct Pace {
     images: usize,
     since: Instant,
+    /// How long the loader had been waited for before.
+    waited_before: Duration,
 }
 
 impl Pace {
-    fn new() -> Self {
+    fn new(waited_before: Duration) -> Self {
         Pace {
             images: 0,
             since: Instant::now(),
+            waited_before,
         }
+    }
+
+    /// Share of the time that went to waiting for the loader.
+    fn loader_wait(&self, waited: Duration) -> f64 {
+        let waited = waited.saturating_sub(self.waited_before);
+        starvation::share(waited, self.since.elapsed())
     }
 
     fn images_per_s(&self) -> f64 {
@@ -145,15 +156,15 @@ impl<B: TrainingBackend> Session<'_, B> {
         let train = &self.config.train;
         let log_every = train.log_every.max(1) as u64;
         let save_every = self.config.checkpoint.every_steps.map(|steps| steps as u64);
-        let batches = self.images.train.batches(
+        let mut batches = self.images.train.batches(
             train.batch_size,
             train.seed,
             self.place.epoch,
             self.place.batch,
             self.ranks.batch_part(),
         )?;
-        let mut pace = Pace::new();
-        for batch in batches {
+        let mut pace = Pace::new(Duration::ZERO);
+        while let Some(batch) = batches.next() {
             let batch = batch?;
             let Some(trace) = self.step(batch)? else {
                 continue;
@@ -161,8 +172,8 @@ impl<B: TrainingBackend> Session<'_, B> {
             pace.images += trace.images;
             self.progress.advance(self.place.step);
             if self.place.step.is_multiple_of(log_every) {
-                self.log(trace, &pace)?;
-                pace = Pace::new();
+                self.log(trace, &pace, batches.waited())?;
+                pace = Pace::new(batches.waited());
             }
             let end = self.reason_to_stop();
             if end.is_some() {
@@ -170,7 +181,7 @@ impl<B: TrainingBackend> Session<'_, B> {
             }
             if save_every.is_some_and(|every| self.place.step.is_multiple_of(every)) {
                 self.save(false)?;
-                pace = Pace::new();
+                pace = Pace::new(batches.waited());
             }
         }
         Ok(None)
@@ -283,7 +294,7 @@ impl<B: TrainingBackend> Session<'_, B> {
     }
 
     /// Waits for the device, checks that all is well and writes a line of metrics.
-    fn log(&mut self, trace: StepTrace<B>, pace: &Pace) -> Result<()> {
+    fn log(&mut self, trace: StepTrace<B>, pace: &Pace, waited: Duration) -> Result<()> {
         device::check::<B>(self.device, self.place.step)?;
         self.check_device()?;
         let ce_loss = self.sum("cross entropy", scalar(trace.ce_loss)?)?;
@@ -299,6 +310,7 @@ impl<B: TrainingBackend> Session<'_, B> {
             lr: trace.lr,
             grad_norm: scalar(trace.grad_norm)?,
             images_per_s: pace.images_per_s(),
+            loader_wait: pace.loader_wait(waited),
             layers: trace
                 .loads
                 .iter()
@@ -307,6 +319,11 @@ impl<B: TrainingBackend> Session<'_, B> {
         };
         self.check_device()?;
         self.progress.step(&record);
+        let workers = self.config.data.num_workers();
+        let (share, epoch) = (record.loader_wait, record.epoch);
+        if let Some(warning) = self.starvation.warning(share, epoch, workers) {
+            self.progress.say(&warning);
+        }
         self.metrics.append(&Record::Step(record))
     }
 

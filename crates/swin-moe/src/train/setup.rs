@@ -22,6 +22,7 @@ use super::request::{Control, Outcome, ResumeRequest, TrainRequest};
 use super::run_dir::RunDir;
 use super::schedule::Schedule;
 use super::session::{Place, Session};
+use super::starvation::Starvation;
 use crate::backend::{BackendKind, check_precision};
 use crate::config::{Config, DataSource, Freeze, TrainConfig};
 use crate::memory::{Held, check_fits};
@@ -342,6 +343,7 @@ impl Parts {
             control: self.control,
             place,
             ranks: self.ranks,
+            starvation: Starvation::default(),
         })
     }
 }
@@ -349,34 +351,39 @@ impl Parts {
 fn facts(parts: &Parts, schedule: &Schedule) -> Facts {
     let config = &parts.config;
     let line = |label: &str, value: String| (label.to_owned(), value);
-    let lines = vec![
-        line("back-end", parts.backend.to_string()),
-        line("arithmetic", config.train.precision.name().to_owned()),
-        line("seed", config.train.seed.to_string()),
-        line(
-            "images",
-            format!(
-                "{} for training, {} for testing, {} classes",
-                parts.images.train.len(),
-                parts.images.test.len(),
-                parts.images.class_names().len()
-            ),
-        ),
-        line("ranks", parts.ranks.place().1.to_string()),
-        line("steps", schedule.total_steps.to_string()),
-        line("batch size", config.train.batch_size.to_string()),
-        line("augmentation", config.augment.summary()),
-        line(
-            "experts",
-            format!("{}, top {}", config.moe.num_experts, config.moe.top_k),
-        ),
-    ];
-    let start = config.init.source.as_ref();
-    let start = start.map(|source| line("initial weights", format!("those of {source}")));
-    let trained = (config.init.freeze == Freeze::Backbone)
-        .then(|| line("trained", "the head alone".to_owned()));
-    Facts {
+    let mut facts = Facts {
         name: parts.name.clone(),
-        lines: lines.into_iter().chain(start).chain(trained).collect(),
+        lines: vec![
+            line("back-end", parts.backend.to_string()),
+            line("arithmetic", config.train.precision.name().to_owned()),
+            line("seed", config.train.seed.to_string()),
+            line(
+                "images",
+                format!(
+                    "{} for training, {} for testing, {} classes",
+                    parts.images.train.len(),
+                    parts.images.test.len(),
+                    parts.images.class_names().len()
+                ),
+            ),
+            line("ranks", parts.ranks.place().1.to_string()),
+            line("steps", schedule.total_steps.to_string()),
+            line("batch size", config.train.batch_size.to_string()),
+            line("augmentation", config.augment.summary()),
+            line(
+                "experts",
+                format!("{}, top {}", config.moe.num_experts, config.moe.top_k),
+            ),
+        ],
+    };
+    let source = config.init.source.as_ref();
+    facts
+        .lines
+        .extend(source.map(|source| line("initial weights", format!("those of {source}"))));
+    if config.init.freeze == Freeze::Backbone {
+        facts
+            .lines
+            .push(line("trained", "the head alone".to_owned()));
     }
+    facts
 }

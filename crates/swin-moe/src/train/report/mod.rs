@@ -116,12 +116,22 @@ fn cards(steps: &[&StepRecord], evals: &[&EvalRecord]) -> String {
             last_step.map_or("–".to_owned(), |s| s.step.to_string()),
         ),
         ("images / s, median", rate.unwrap_or("–".to_owned())),
+        ("of the time waiting for images", waiting(steps)),
     ];
     let mut html = String::from("<section class=\"cards\">");
     for (label, value) in cards {
         let _ = write!(html, "<div><b>{value}</b><span>{label}</span></div>");
     }
     html + "</section>"
+}
+
+/// Mean share of the time that steps waited for the loader.
+fn waiting(steps: &[&StepRecord]) -> String {
+    if steps.is_empty() {
+        return "–".to_owned();
+    }
+    let sum: f64 = steps.iter().map(|s| s.loader_wait).sum();
+    format!("{:.1} %", 100.0 * sum / steps.len() as f64)
 }
 
 fn loss_chart(steps: &[&StepRecord], evals: &[&EvalRecord]) -> String {
@@ -327,6 +337,7 @@ mod tests {
                     lr: 1e-3,
                     grad_norm: 1.0,
                     images_per_s: 321.0,
+                    loader_wait: 0.1 + 0.1 * (step % 2) as f64,
                     layers: layers(step),
                 })
             })
@@ -367,6 +378,7 @@ mod tests {
             "MoE layer 1: tokens per expert",
             "Tile waste",
             "87.50 %",
+            "<b>15.0 %</b><span>of the time waiting for images</span>",
             "expert 2",
             "<th>back-end</th><td>cpu</td>",
             "six &amp; nine</th><td>61.25 %</td><td>31</td><td>eight (7)",

@@ -1,7 +1,6 @@
 //! How the experts were loaded: device tensors that cost nothing until they are read.
 
-use burn::tensor::backend::Backend;
-use burn::tensor::backend::ExecutionError;
+use burn::tensor::backend::{AutodiffBackend, Backend, ExecutionError};
 use burn::tensor::{Int, Tensor, TensorData};
 use hexa_ops::OpsError;
 use serde::{Deserialize, Serialize};
@@ -20,6 +19,18 @@ pub struct LoadStats<B: Backend> {
     /// [`LoadReport::router_entropy`] over all ranks' tokens, of which `probs` has only this rank's;
     /// `None` on one device, where it follows from `probs`.
     pub router_entropy: Option<f64>,
+}
+
+impl<B: AutodiffBackend> LoadStats<B> {
+    /// The load of a forward pass that kept no graph.
+    pub fn from_inner(inner: LoadStats<B::InnerBackend>) -> Self {
+        LoadStats {
+            tokens_per_expert: Tensor::from_inner(inner.tokens_per_expert),
+            probs: Tensor::from_inner(inner.probs),
+            tile_rows: inner.tile_rows,
+            router_entropy: inner.router_entropy,
+        }
+    }
 }
 
 /// Load of one forward pass, on the host.

@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::backend::BackendKind;
 use crate::config::{Engine, Mode, Precision};
-use crate::train::ParallelOverrides;
+use crate::train::{ParallelOverrides, ThroughputMode};
 
 /// Swin Transformer with Mixture-of-Experts layers: training and what goes with it.
 #[derive(Parser)]
@@ -35,6 +35,8 @@ pub(super) enum Command {
     Info(Info),
     /// Images per second that the training images' loader delivers, alone.
     Loader(Loader),
+    /// Images per second of the model alone, on synthetic images that are on the device.
+    Throughput(Throughput),
     /// Predicted and measured peak memory of training steps on synthetic images, as JSON.
     Memory(Memory),
     /// Measure ranks and the links between them on a model, and write a fleet file.
@@ -155,6 +157,9 @@ pub(super) struct Predict {
     /// Image files.
     #[arg(required = true, value_name = "IMAGE")]
     pub(super) images: Vec<PathBuf>,
+    /// Also write what the model saw and said, as safetensors: `images` and `logits`.
+    #[arg(long, value_name = "FILE")]
+    pub(super) tensors: Option<PathBuf>,
     /// Arithmetic: f32, tf32, bf16 or f16; the run's own without it.
     #[arg(long)]
     pub(super) precision: Option<Precision>,
@@ -264,6 +269,34 @@ pub(super) struct Loader {
     /// Epochs to deliver; images that data.cache_bytes keeps make later ones faster.
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub(super) epochs: u64,
+}
+
+#[derive(Args)]
+pub(super) struct Throughput {
+    /// Settings as TOML; without it, those of the embedded digits.
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// One setting, over the file's: section.key=value. May be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(super) set: Vec<String>,
+    /// Images of a step; those of the settings without it.
+    #[arg(long, value_name = "N")]
+    pub(super) batch_size: Option<usize>,
+    /// What a step is: train (forward, backward, optimizer) or eval (forward).
+    #[arg(long, value_enum, default_value_t)]
+    pub(super) mode: ThroughputMode,
+    /// Steps before the first timed one.
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    pub(super) warmup: u16,
+    /// Timed windows; the device is waited for at the end of each.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(super) windows: u16,
+    /// Steps of a window.
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(super) steps: u16,
+    /// Where to compute: cpu, wgpu or cuda, of those compiled in.
+    #[arg(long, default_value_t = BackendKind::Cpu)]
+    pub(super) backend: BackendKind,
 }
 
 #[derive(Args)]

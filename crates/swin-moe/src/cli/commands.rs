@@ -234,7 +234,11 @@ pub(super) fn eval(arguments: arguments::Eval, faults: DeviceFaults) -> Result<D
 
 pub(super) fn predict(arguments: arguments::Predict, faults: DeviceFaults) -> Result<Done> {
     let trained = load(arguments.model, arguments.precision, faults)?;
-    for prediction in trained.predict(arguments.backend, &arguments.images)? {
+    let scores = trained.score(arguments.backend, &arguments.images)?;
+    if let Some(output) = &arguments.tensors {
+        scores.write(output)?;
+    }
+    for prediction in scores.predictions() {
         println!("{}", prediction.file.display());
         for (class, probability) in &prediction.classes {
             println!("  {:6.2} %  {class}", 100.0 * probability);

@@ -4,6 +4,7 @@ mod arguments;
 mod commands;
 mod fleet;
 mod logger;
+mod throughput;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -72,6 +73,7 @@ fn run(command: Command, faults: DeviceFaults) -> anyhow::Result<Done> {
         Command::Export(arguments) => commands::export(arguments, faults),
         Command::Info(arguments) => commands::info(arguments),
         Command::Loader(arguments) => commands::loader(arguments),
+        Command::Throughput(arguments) => throughput::throughput(arguments, faults),
         Command::Memory(arguments) => commands::memory(arguments, faults),
         Command::Calibrate(arguments) => fleet::calibrate(arguments, faults),
         Command::Plan(arguments) => fleet::plan(arguments),

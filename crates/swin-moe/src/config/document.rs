@@ -9,7 +9,7 @@ use toml::{Table, Value};
 use super::error::ConfigError;
 use super::fields::field_names;
 use super::raw::{
-    RawAugment, RawCheckpoint, RawConfig, RawData, RawModel, RawMoe, RawParallel, RawTrain,
+    RawAugment, RawCheckpoint, RawConfig, RawData, RawInit, RawModel, RawMoe, RawParallel, RawTrain,
 };
 
 /// Values longer than this are cut in messages.
@@ -145,10 +145,11 @@ impl Section {
         }
     }
 
-    fn all() -> [Self; 7] {
+    fn all() -> [Self; 8] {
         [
             Self::of::<RawModel>("model"),
             Self::of::<RawMoe>("moe"),
+            Self::of::<RawInit>("init"),
             Self::of::<RawTrain>("train"),
             Self::of::<RawAugment>("augment"),
             Self::of::<RawData>("data"),

@@ -8,6 +8,7 @@ mod augment;
 mod document;
 mod error;
 mod fields;
+mod init;
 mod raw;
 mod resolved;
 mod types;
@@ -16,8 +17,9 @@ mod validate;
 use std::path::Path;
 
 pub use error::ConfigError;
+pub use init::{Freeze, InitConfig, InitSource};
 pub use raw::{
-    RawAugment, RawCheckpoint, RawConfig, RawData, RawModel, RawMoe, RawParallel, RawTrain,
+    RawAugment, RawCheckpoint, RawConfig, RawData, RawInit, RawModel, RawMoe, RawParallel, RawTrain,
 };
 pub use types::{
     AugmentConfig, AuxLoss, CheckpointConfig, Config, CropFill, DataConfig, DataSource, Engine,

@@ -3,6 +3,7 @@
 use hexa_ops::Activation;
 use serde::{Deserialize, Serialize};
 
+use super::init::Freeze;
 use super::types::{AuxLoss, CropFill, Engine, Mode, Precision, RouterKind};
 
 /// A configuration as it stands in a file; nothing is checked but names and types.
@@ -13,6 +14,8 @@ pub struct RawConfig {
     pub model: RawModel,
     /// Its Mixture-of-Experts layers.
     pub moe: RawMoe,
+    /// Weights that a new run starts with.
+    pub init: RawInit,
     /// Optimisation.
     pub train: RawTrain,
     /// Preparation of images.
@@ -51,8 +54,8 @@ pub struct RawModel {
     pub patch_norm: bool,
     /// Probability that a sample skips the last block's branches; rises linearly with depth.
     pub drop_path_rate: f64,
-    /// Window of each stage that the position bias is scaled to; 0 for the stage's own. Empty is
-    /// 0 for every stage.
+    /// Window of each stage that the position bias is scaled to; 0 for the stage's own, or for that
+    /// of the weights that `[init]` names. Empty is 0 for every stage.
     pub pretrained_window_sizes: Vec<usize>,
 }
 
@@ -135,6 +138,21 @@ impl Default for RawMoe {
             shared_d_ff: 0,
         }
     }
+}
+
+/// `[init]`: fine-tuning. Weights of a model of another image size, window size and number of
+/// classes; all else must be the same.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RawInit {
+    /// Directory of a run (its best checkpoint, or the last if there is none) or of a checkpoint;
+    /// empty for none.
+    pub run: String,
+    /// Weights in the published names, `.pth` or `.safetensors`; empty for none.
+    pub weights: String,
+    /// `"none"`, or `"backbone"` for a linear probe: the head alone is trained, and the rest
+    /// computes as in evaluation, without noise, dropout and stochastic depth.
+    pub freeze: Freeze,
 }
 
 /// `[train]`

@@ -16,6 +16,7 @@ impl Config {
         RawConfig {
             model: self.model.to_raw(),
             moe: self.moe.to_raw(),
+            init: self.init.to_raw(),
             train: self.train.to_raw(),
             augment: self.augment.to_raw(),
             data: self.data.to_raw(),

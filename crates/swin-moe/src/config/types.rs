@@ -6,6 +6,8 @@ use std::str::FromStr;
 use hexa_ops::{Activation, MatmulPrecision};
 use serde::{Deserialize, Serialize};
 
+use super::init::InitConfig;
+
 /// A run's settings, every one checked, alone and against the others.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
@@ -14,6 +16,8 @@ pub struct Config {
     pub model: ModelConfig,
     /// Its Mixture-of-Experts layers.
     pub moe: MoeSettings,
+    /// Weights that a new run starts with.
+    pub init: InitConfig,
     /// Optimisation.
     pub train: TrainConfig,
     /// Preparation of images.

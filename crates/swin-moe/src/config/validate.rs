@@ -33,6 +33,7 @@ impl RawConfig {
         check_parameters(&model, &moe)?;
         let train = self.train.validate(&model)?;
         Ok(Config {
+            init: self.init.validate()?,
             augment: self.augment.validate(&model)?,
             data: self.data.validate()?,
             checkpoint: self.checkpoint.validate()?,

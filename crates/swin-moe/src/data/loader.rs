@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use hexa_moe::parallel::split_proportional;
 
@@ -81,6 +82,7 @@ pub struct Loader {
     next: usize,
     end: usize,
     delivers_empty: bool,
+    waited: Duration,
 }
 
 impl Loader {
@@ -121,6 +123,7 @@ impl Loader {
             next: config.start_batch,
             end,
             delivers_empty: config.part.is_some(),
+            waited: Duration::ZERO,
         };
         for worker in 0..workers {
             let (sender, receiver) = sync_channel(AHEAD);
@@ -144,6 +147,11 @@ impl Loader {
         }
         Ok(loader)
     }
+
+    /// How long its user has waited for batches that were not ready, in all.
+    pub fn waited(&self) -> Duration {
+        self.waited
+    }
 }
 
 impl Iterator for Loader {
@@ -153,7 +161,10 @@ impl Iterator for Loader {
         while self.next < self.end {
             let channel = &self.channels[(self.next - self.start) % self.channels.len()];
             self.next += 1;
-            match channel.recv() {
+            let since = Instant::now();
+            let received = channel.recv();
+            self.waited += since.elapsed();
+            match received {
                 Ok(Ok(batch)) if batch.is_empty() && !self.delivers_empty => {}
                 Ok(Ok(batch)) => return Some(Ok(batch)),
                 Ok(Err(error)) => {

@@ -23,4 +23,4 @@ pub mod window;
 pub use config::{MoeSettings, SwinMoeConfig};
 pub use error::{ModelError, Result};
 pub use stage::Segment;
-pub use swin::{SwinMoe, SwinOutput};
+pub use swin::{SwinFeatures, SwinMoe, SwinOutput};

@@ -28,6 +28,17 @@ pub struct SwinMoe<B: Backend> {
     config: SwinMoeConfig,
 }
 
+/// What the backbone, which is all but the head, makes of a batch of images.
+#[derive(Debug, Clone)]
+pub struct SwinFeatures<B: Backend> {
+    /// Mean over an image's tokens, after the last norm: `[batch, dim of the last stage]`.
+    pub features: Tensor<B, 2>,
+    /// Sum of the layers' weighted balance losses: `[1]`.
+    pub aux_loss: Tensor<B, 1>,
+    /// Load of the experts, one entry for each Mixture-of-Experts layer, first to last.
+    pub loads: Vec<LoadStats<B>>,
+}
+
 /// What the model says about a batch of images.
 #[derive(Debug, Clone)]
 pub struct SwinOutput<B: Backend> {
@@ -87,6 +98,39 @@ impl<B: ExpertOps> SwinMoe<B> {
     /// # Errors
     /// [`ModelError::Images`] if the images are of another shape.
     pub fn forward(&self, images: Tensor<B, 4>) -> Result<SwinOutput<B>> {
+        let SwinFeatures {
+            features,
+            aux_loss,
+            loads,
+        } = self.features(images)?;
+        Ok(SwinOutput {
+            logits: self.classify(features)?,
+            aux_loss,
+            loads,
+        })
+    }
+
+    /// Scores of the classes.
+    ///
+    /// # Shapes
+    /// - `features`: those of [`SwinMoe::features`], `[batch, dim]`
+    /// - result: `[batch, classes]`, of the features' type
+    ///
+    /// # Errors
+    /// If the features have another width.
+    pub fn classify(&self, features: Tensor<B, 2>) -> Result<Tensor<B, 2>> {
+        let dtype = features.dtype();
+        Ok(self.head.forward(features)?.cast(dtype))
+    }
+
+    /// Applies all of the model but its head.
+    ///
+    /// # Shapes
+    /// `images`: as [`SwinMoe::forward`] takes them
+    ///
+    /// # Errors
+    /// As there.
+    pub fn features(&self, images: Tensor<B, 4>) -> Result<SwinFeatures<B>> {
         let [batch, ..] = images.dims();
         let device = images.device();
         let mut aux_loss: Option<Tensor<B, 1>> = None;
@@ -103,14 +147,14 @@ impl<B: ExpertOps> SwinMoe<B> {
                 loads.push(report.load);
             }
         }
-        Ok(SwinOutput {
-            logits: self.classify(x, batch)?,
+        Ok(SwinFeatures {
+            features: self.pool(x, batch),
             aux_loss: aux_loss.unwrap_or_else(|| Tensor::zeros([1], &device)),
             loads,
         })
     }
 
-    /// The first part of [`SwinMoe::forward`]: images become tokens.
+    /// The first part of [`SwinMoe::features`]: images become tokens.
     ///
     /// # Shapes
     /// - `images`: `[batch, channels, size, size]`
@@ -131,23 +175,17 @@ impl<B: ExpertOps> SwinMoe<B> {
         })
     }
 
-    /// Its last part: logits of the last segment's tokens.
+    /// Its last part: an image's features out of the last segment's tokens.
     ///
     /// # Shapes
     /// - `x`: `[batch · tokens, dim]`
-    /// - result: `[batch, classes]`
-    ///
-    /// # Errors
-    /// If the width is another.
-    pub fn classify(&self, x: Tensor<B, 2>, batch: usize) -> Result<Tensor<B, 2>> {
+    /// - result: `[batch, dim]`
+    pub fn pool(&self, x: Tensor<B, 2>, batch: usize) -> Tensor<B, 2> {
         let x = self.norm.forward(x);
         let [tokens, dim] = x.dims();
-        let pooled = x
-            .reshape([batch, tokens / batch, dim])
+        x.reshape([batch, tokens / batch, dim])
             .mean_dim(1)
-            .reshape([batch, dim]);
-        let dtype = pooled.dtype();
-        Ok(self.head.forward(pooled)?.cast(dtype))
+            .reshape([batch, dim])
     }
 
     /// What [`SwinMoe::forward`] does on a rank that has no images: its part in the other ranks'

@@ -13,7 +13,7 @@ use super::evaluate::{Evaluation, evaluate_together};
 use super::faults::DeviceFaults;
 use super::images::{TestImages, prepare_file};
 use super::optimizer::averages;
-use super::params::{read_params, write_params};
+use super::params::{HostTensors, read_params, write_params};
 use super::ranks::{RankJob, Ranks, Seat, Snapshot, launch};
 use super::request::ParallelOverrides;
 use super::run_dir::RunDir;
@@ -25,7 +25,8 @@ use crate::memory::{Held, check_fits};
 use crate::model::SwinMoe;
 use crate::settings::model_config;
 use crate::weights::{
-    ImportOptions, ImportReport, import_file, published_tensors, write_safetensors,
+    HostTensor, ImportOptions, ImportReport, TensorMap, import_file, published_tensors,
+    write_safetensors,
 };
 
 /// Images per step when predicting.
@@ -140,7 +141,15 @@ impl Trained {
     /// # Errors
     /// [`TrainError`] for the first file that cannot be read.
     pub fn predict(self, backend: BackendKind, files: &[PathBuf]) -> Result<Vec<Prediction>> {
-        let job = Predict {
+        Ok(self.score(backend, files)?.predictions())
+    }
+
+    /// The scores of image files, and what the model saw of them.
+    ///
+    /// # Errors
+    /// [`TrainError`] for the first file that cannot be read.
+    pub fn score(self, backend: BackendKind, files: &[PathBuf]) -> Result<Scores> {
+        let job = Score {
             trained: self,
             files: files.to_vec(),
         };
@@ -159,6 +168,11 @@ impl Trained {
         dispatch(backend, job)?
     }
 
+    /// What was evaluated in training.
+    pub(super) fn into_weights(self) -> HostTensors {
+        evaluated(self.checkpoint)
+    }
+
     /// The model on a device that computes in its arithmetic, without autodiff.
     fn model_to_run<B: TrainingBackend>(
         self,
@@ -173,13 +187,11 @@ impl Trained {
         self,
         device: &B::Device,
     ) -> Result<(SwinMoe<B::InnerBackend>, RunState, Config)> {
-        let state = self.checkpoint.state;
+        let state = self.checkpoint.state.clone();
         let config = model_config(&self.config, state.class_names.len())?;
         check_fits(&config, Held::Parameters, 1)?;
         let model = config.init::<B::InnerBackend>(device)?;
-        // What was evaluated in training: the moving averages, where there are any.
-        let mut params = self.checkpoint.model;
-        params.extend(averages(&self.checkpoint.optimizer));
+        let params = evaluated(self.checkpoint);
         let model = write_params(model, params).map_err(|reason| TrainError::Checkpoint {
             path: self.path,
             reason,
@@ -187,6 +199,13 @@ impl Trained {
         })?;
         Ok((model, state, self.config))
     }
+}
+
+/// The weights, or their moving averages where there are any.
+fn evaluated(checkpoint: Checkpoint) -> HostTensors {
+    let mut params = checkpoint.model;
+    params.extend(averages(&checkpoint.optimizer));
+    params
 }
 
 #[derive(Clone)]
@@ -218,37 +237,77 @@ pub struct Prediction {
     pub classes: Vec<(String, f64)>,
 }
 
-struct Predict {
+/// Images as the model saw them, and what it made of them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scores {
+    files: Vec<PathBuf>,
+    class_names: Vec<String>,
+    /// Channels, height and width.
+    image_shape: [usize; 3],
+    images: Vec<f32>,
+    logits: Vec<f32>,
+}
+
+impl Scores {
+    /// The five likeliest classes of each file, in order.
+    pub fn predictions(&self) -> Vec<Prediction> {
+        let rows = self.logits.chunks_exact(self.class_names.len().max(1));
+        let files = self.files.iter().zip(rows);
+        files
+            .map(|(file, row)| Prediction {
+                file: file.clone(),
+                classes: likeliest(row, &self.class_names),
+            })
+            .collect()
+    }
+
+    /// Writes `images` (`[files, channels, height, width]`, normalised) and `logits`
+    /// (`[files, classes]`), f32, as safetensors.
+    ///
+    /// # Errors
+    /// [`TrainError::Weights`] if the file cannot be written.
+    pub fn write(&self, output: &Path) -> Result<()> {
+        let files = self.files.len();
+        let [channels, height, width] = self.image_shape;
+        let images = HostTensor::float([files, channels, height, width], self.images.clone());
+        let logits = HostTensor::float([files, self.class_names.len()], self.logits.clone());
+        let tensors = [("images", images), ("logits", logits)];
+        let tensors = tensors.map(|(name, tensor)| (name.to_owned(), tensor));
+        Ok(write_safetensors(output, &TensorMap::from(tensors))?)
+    }
+}
+
+struct Score {
     trained: Trained,
     files: Vec<PathBuf>,
 }
 
-impl Job for Predict {
-    type Output = Result<Vec<Prediction>>;
+impl Job for Score {
+    type Output = Result<Scores>;
 
     fn run<B: TrainingBackend>(self, device: &B::Device) -> Self::Output {
         let faults = self.trained.faults.clone();
         let (model, state, config) = self.trained.model_to_run::<B>(device)?;
         let (channels, size) = (config.model.in_chans, config.model.image_size);
-        let mut predictions = Vec::with_capacity(self.files.len());
+        let (mut images, mut scores) = (Vec::new(), Vec::new());
         for files in self.files.chunks(PREDICT_BATCH) {
             let mut pixels = Vec::new();
             for file in files {
                 pixels.extend(prepare_file(&config, file)?);
             }
             let shape = [files.len(), channels, size, size];
-            let images = Tensor::from_data(TensorData::new(pixels, shape), device);
-            let logits = read(model.forward(images)?.logits, "scores")?;
-            let rows = logits.values.chunks_exact(state.class_names.len().max(1));
-            for (file, row) in files.iter().zip(rows) {
-                predictions.push(Prediction {
-                    file: file.clone(),
-                    classes: likeliest(row, &state.class_names),
-                });
-            }
+            images.extend_from_slice(&pixels);
+            let batch = Tensor::from_data(TensorData::new(pixels, shape), device);
+            scores.extend(read(model.forward(batch)?.logits, "scores")?.values);
         }
         faults.check("while images were scored")?;
-        Ok(predictions)
+        Ok(Scores {
+            files: self.files,
+            class_names: state.class_names,
+            image_shape: [channels, size, size],
+            images,
+            logits: scores,
+        })
     }
 }
 

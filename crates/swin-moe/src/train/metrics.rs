@@ -44,6 +44,9 @@ pub struct StepRecord {
     pub loss_scale: Option<f32>,
     /// Images trained on per second since the previous line.
     pub images_per_s: f64,
+    /// Share of the time since the previous line that went to waiting for the loader, in 0..=1.
+    #[serde(default)]
+    pub loader_wait: f64,
     /// Load of each MoE layer's experts in this step, layers in the model's order.
     pub layers: Vec<LayerLoad>,
     /// Memory, as far as the system tells.
@@ -267,6 +270,7 @@ mod tests {
             grad_norm: Some(0.7),
             loss_scale: None,
             images_per_s: 100.0,
+            loader_wait: 0.25,
             layers: vec![LayerLoad {
                 tokens_per_expert: vec![3, 0, 1],
                 entropy: 0.5,
@@ -289,6 +293,7 @@ mod tests {
             "lr",
             "grad_norm",
             "images_per_s",
+            "loader_wait",
         ] {
             assert!(value[key].is_number(), "{key}");
         }

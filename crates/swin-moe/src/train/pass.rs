@@ -6,7 +6,10 @@ use hexa_moe::LoadStats;
 use hexa_ops::{TrainingBackend, memory};
 
 use super::error::{Result, TrainError};
+use super::finetune;
 use super::loss::{Targets, cross_entropy};
+use super::random::segment_seed;
+use crate::config::{Config, Freeze};
 use crate::model::SwinMoe;
 
 /// How the losses of a batch are formed.
@@ -35,6 +38,25 @@ pub struct Pass<B: TrainingBackend> {
     pub loads: Vec<LoadStats<B>>,
 }
 
+/// The pass that the settings ask for; `seed` is that of what it draws a second time.
+pub(super) fn by_settings<B: TrainingBackend>(
+    config: &Config,
+    model: &SwinMoe<B>,
+    images: Tensor<B, 4>,
+    targets: Targets<B>,
+    weights: LossWeights,
+    seed: u64,
+) -> Result<Pass<B>> {
+    let freeze = config.init.freeze;
+    // A frozen backbone keeps nothing.
+    if config.train.activation_checkpointing && freeze == Freeze::None {
+        let seed = |segment| segment_seed(seed, segment);
+        by_segments(model, images, targets, weights, seed)
+    } else {
+        whole(model, images, targets, weights, freeze)
+    }
+}
+
 /// The pass that keeps all activations.
 ///
 /// # Errors
@@ -44,9 +66,10 @@ pub fn whole<B: TrainingBackend>(
     images: Tensor<B, 4>,
     targets: Targets<B>,
     weights: LossWeights,
+    freeze: Freeze,
 ) -> Result<Pass<B>> {
     let device = images.device();
-    let output = model.forward(images)?;
+    let output = finetune::forward(model, images, freeze)?;
     let ce_loss = cross_entropy(output.logits, targets, weights.label_smoothing);
     let ce_loss = weighed(ce_loss, weights.ce);
     let aux_loss = weighed(output.aux_loss, weights.aux);
@@ -68,11 +91,12 @@ pub fn whole<B: TrainingBackend>(
 pub(super) fn without_images<B: TrainingBackend>(
     model: &SwinMoe<B>,
     weights: LossWeights,
+    freeze: Freeze,
     device: &B::Device,
 ) -> Result<Pass<B>> {
-    let output = model.forward_without_images(device)?;
+    let output = finetune::forward_without_images(model, device, freeze)?;
     let aux_loss = weighed(output.aux_loss, weights.aux);
-    let has_graph = model.moe_layers().next().is_some();
+    let has_graph = freeze == Freeze::Backbone || model.moe_layers().next().is_some();
     Ok(Pass {
         ce_loss: Tensor::zeros([1], device),
         aux_loss: aux_loss.clone().inner(),
@@ -121,7 +145,7 @@ pub fn by_segments<B: TrainingBackend>(
     }
 
     let last = Tensor::from_inner(x).require_grad();
-    let logits = model.classify(last.clone(), batch)?;
+    let logits = model.classify(model.pool(last.clone(), batch))?;
     let ce_loss = cross_entropy(logits, targets, weights.label_smoothing);
     let ce_loss = weighed(ce_loss, weights.ce);
     let mut gradients = Vec::with_capacity(segments.len() + 2);

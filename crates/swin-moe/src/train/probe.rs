@@ -18,7 +18,7 @@ use crate::backend::{BackendKind, Job, dispatch};
 use crate::config::Config;
 use crate::data::Batch;
 use crate::memory::{PeakMemory, Rows, StepShape, TrainingMemory, resident};
-use crate::model::SwinMoe;
+use crate::model::{SwinMoe, SwinMoeConfig};
 use crate::settings::model_config;
 
 /// What is measured.
@@ -167,7 +167,9 @@ fn one_step<B: TrainingBackend>(
 ) -> Result<SwinMoe<B>> {
     let in_use = || device_memory::<B>(device).map(|memory| memory.in_use_bytes);
     let mut sum: Option<FlatGradients<B::InnerBackend>> = None;
-    for part in synthetic(config, &model).into_parts(config.train.accumulation_steps) {
+    for part in synthetic(config.train.batch_size, model.config())
+        .into_parts(config.train.accumulation_steps)
+    {
         let before = in_use();
         let (images, targets) = upload::<B>(part, device);
         let label_smoothing = config.train.label_smoothing;
@@ -210,8 +212,7 @@ fn one_step<B: TrainingBackend>(
 }
 
 /// A batch whose pixels and labels follow from their place.
-fn synthetic<B: TrainingBackend>(config: &Config, model: &SwinMoe<B>) -> Batch {
-    let (images, shape) = (config.train.batch_size, model.config());
+pub(super) fn synthetic(images: usize, shape: &SwinMoeConfig) -> Batch {
     let size = shape.image_size;
     let values = images * shape.in_chans * size * size;
     Batch {

@@ -1,7 +1,7 @@
 //! The training loop.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use burn::module::AutodiffModule;
 use burn::tensor::Tensor;
@@ -18,12 +18,13 @@ use super::optimizer::{AdamW, FlatGradients};
 use super::params::read_params;
 use super::pass::{self, LossWeights};
 use super::progress::Progress;
-use super::random::{pass_seed, segment_seed, step_seed};
-use super::ranks::{Ranks, Snapshot};
+use super::random::{pass_seed, step_seed};
+use super::ranks::{Ranks, Reduced, Snapshot};
 use super::report;
 use super::request::{Control, End, Outcome};
 use super::run_dir::RunDir;
 use super::schedule::Schedule;
+use super::starvation::{self, Starvation};
 use super::step_memory::StepMemory;
 use crate::backend::BackendKind;
 use crate::config::Config;
@@ -47,6 +48,7 @@ pub(super) struct Session<'a, B: TrainingBackend> {
     pub place: Place<B>,
     pub ranks: Ranks,
     pub memory: StepMemory,
+    pub starvation: Starvation,
 }
 
 /// How far a run is.
@@ -99,14 +101,23 @@ impl<B: TrainingBackend> PartSums<B> {
 struct Pace {
     images: usize,
     since: Instant,
+    /// How long the loader had been waited for before.
+    waited_before: Duration,
 }
 
 impl Pace {
-    fn new() -> Self {
+    fn new(waited_before: Duration) -> Self {
         Pace {
             images: 0,
             since: Instant::now(),
+            waited_before,
         }
+    }
+
+    /// Share of the time that went to waiting for the loader.
+    fn loader_wait(&self, waited: Duration) -> f64 {
+        let waited = waited.saturating_sub(self.waited_before);
+        starvation::share(waited, self.since.elapsed())
     }
 
     fn images_per_s(&self) -> f64 {
@@ -158,15 +169,15 @@ impl<B: TrainingBackend> Session<'_, B> {
         let train = &self.config.train;
         let log_every = self.log_every();
         let save_every = self.config.checkpoint.every_steps.map(|steps| steps as u64);
-        let batches = self.images.train.batches(
+        let mut batches = self.images.train.batches(
             train.batch_size,
             train.seed,
             self.place.epoch,
             self.place.batch,
             self.ranks.batch_part(),
         )?;
-        let mut pace = Pace::new();
-        for batch in batches {
+        let mut pace = Pace::new(Duration::ZERO);
+        while let Some(batch) = batches.next() {
             let batch = batch?;
             let Some(trace) = self.step(batch)? else {
                 continue;
@@ -174,8 +185,8 @@ impl<B: TrainingBackend> Session<'_, B> {
             pace.images += trace.images;
             self.progress.advance(self.place.step);
             if self.place.step.is_multiple_of(log_every) {
-                self.log(trace, &pace)?;
-                pace = Pace::new();
+                self.log(trace, &pace, batches.waited())?;
+                pace = Pace::new(batches.waited());
             }
             let end = self.reason_to_stop();
             if end.is_some() {
@@ -183,7 +194,7 @@ impl<B: TrainingBackend> Session<'_, B> {
             }
             if save_every.is_some_and(|every| self.place.step.is_multiple_of(every)) {
                 self.save(false)?;
-                pace = Pace::new();
+                pace = Pace::new(batches.waited());
             }
         }
         Ok(None)
@@ -247,7 +258,10 @@ impl<B: TrainingBackend> Session<'_, B> {
             Some(scale) => gradients.times(1.0 / f64::from(scale.value())),
             None => gradients,
         };
-        let (gradients, grad_norm) = self.ranks.reduce(&self.optimizer, gradients)?;
+        let Reduced {
+            gradients,
+            norm: grad_norm,
+        } = self.ranks.reduce(&self.optimizer, gradients)?;
         let place = &mut self.place;
         let is_accepted = match &mut place.loss_scale {
             // In f16 a step waits for the device, as it may have to be left out.
@@ -291,15 +305,10 @@ impl<B: TrainingBackend> Session<'_, B> {
         };
         let is_empty = part.is_empty();
         let pass = if is_empty {
-            pass::without_images(&self.model, weights, self.device)?
+            pass::without_images(&self.model, weights, self.config.init.freeze, self.device)?
         } else {
             let (images, targets) = device::upload::<B>(part, self.device);
-            if self.config.train.activation_checkpointing {
-                let seed = |segment| segment_seed(seed, segment);
-                pass::by_segments(&self.model, images, targets, weights, seed)?
-            } else {
-                pass::whole(&self.model, images, targets, weights)?
-            }
+            pass::by_settings(&self.config, &self.model, images, targets, weights, seed)?
         };
         let gradients = self
             .optimizer
@@ -313,7 +322,7 @@ impl<B: TrainingBackend> Session<'_, B> {
     }
 
     /// Waits for the device, checks that all is well and writes a line of metrics.
-    fn log(&mut self, trace: StepTrace<B>, pace: &Pace) -> Result<()> {
+    fn log(&mut self, trace: StepTrace<B>, pace: &Pace, waited: Duration) -> Result<()> {
         device::check::<B>(self.device, self.place.step)?;
         self.check_device()?;
         let ce_loss = self.sum("cross entropy", scalar(trace.ce_loss)?)?;
@@ -330,6 +339,7 @@ impl<B: TrainingBackend> Session<'_, B> {
             grad_norm: Some(scalar(trace.grad_norm)?).filter(|norm| norm.is_finite()),
             loss_scale: self.place.loss_scale.map(LossScale::value),
             images_per_s: pace.images_per_s(),
+            loader_wait: pace.loader_wait(waited),
             layers: trace
                 .loads
                 .iter()
@@ -339,6 +349,11 @@ impl<B: TrainingBackend> Session<'_, B> {
         };
         self.check_device()?;
         self.progress.step(&record);
+        let workers = self.config.data.num_workers();
+        let (share, epoch) = (record.loader_wait, record.epoch);
+        if let Some(warning) = self.starvation.warning(share, epoch, workers) {
+            self.progress.say(&warning);
+        }
         self.metrics.append(&Record::Step(record))
     }
 

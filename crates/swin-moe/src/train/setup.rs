@@ -9,6 +9,7 @@ use hexa_ops::TrainingBackend;
 
 use super::checkpoint::{Checkpoint, RunState};
 use super::error::{Result, TrainError};
+use super::finetune::{Origin, frozen, frozen_note};
 use super::images::Images;
 use super::loss_scale::LossScale;
 use super::metrics::{EvalRecord, MetricsWriter, Record, read_records};
@@ -23,9 +24,10 @@ use super::request::{Control, Outcome, ResumeRequest, TrainRequest};
 use super::run_dir::RunDir;
 use super::schedule::Schedule;
 use super::session::{Place, Session};
+use super::starvation::Starvation;
 use super::step_memory::StepMemory;
 use crate::backend::{BackendKind, check_precision};
-use crate::config::{Config, DataSource, TrainConfig};
+use crate::config::{Config, DataSource, Freeze, TrainConfig};
 use crate::memory::{Held, PeakMemory, TrainingMemory, check_fits};
 use crate::model::SwinMoe;
 use crate::settings::model_config;
@@ -34,11 +36,17 @@ use crate::settings::model_config;
 ///
 /// # Errors
 /// [`TrainError`], with the last good checkpoint in the run's directory if there was one.
-pub fn train(request: TrainRequest) -> Result<Outcome> {
+pub fn train(mut request: TrainRequest) -> Result<Outcome> {
     let images = Images::open(&request.config)?;
+    let origin = Origin::open(&mut request.config, images.class_names().len())?;
     let (backend, plan) = (request.backend, request.plan.clone());
     let parallel = request.config.parallel.clone();
-    launch(backend, &parallel, plan, Start { request, images })
+    let job = Start {
+        request,
+        images,
+        origin,
+    };
+    launch(backend, &parallel, plan, job)
 }
 
 /// Continues a run as if it had never stopped.
@@ -103,17 +111,27 @@ fn first_few(names: &[String]) -> String {
 struct Start {
     request: TrainRequest,
     images: Images,
+    origin: Option<Origin>,
 }
 
 impl RankJob for Start {
     type Output = Outcome;
 
     fn run<B: TrainingBackend>(self, device: &B::Device, seat: Seat) -> Result<Outcome> {
-        let Start { request, images } = self;
+        let Start {
+            request,
+            images,
+            origin,
+        } = self;
         let config = request.config;
         let classes = images.class_names().len();
         let model = seat.in_turn(|| new_model::<B>(&config, classes, request.backend, device))?;
+        let (model, notes) = match &origin {
+            Some(origin) => origin.apply(model)?,
+            None => (model, Vec::new()),
+        };
         let (ranks, model) = Ranks::join(&seat, &config, model)?;
+        let model = frozen(model, config.init.freeze);
         let optimizer = ranks.optimizer(adamw_config(&config.train), &model);
         let output = ranks.agree_on(&request.output)?;
         let (run, metrics) = if ranks.is_lead() {
@@ -147,6 +165,7 @@ impl RankJob for Start {
             metrics,
             control: request.control,
             ranks,
+            notes,
         };
         parts.session(model, optimizer, place, device)?.run()
     }
@@ -182,6 +201,7 @@ impl RankJob for Continue {
         let model = new_model::<B>(&self.config, classes, self.backend, device)?;
         let model = write_params(model, weights).map_err(unfit)?;
         let (ranks, model) = Ranks::join(&seat, &self.config, model)?;
+        let model = frozen(model, self.config.init.freeze);
         let mut optimizer = ranks.optimizer(adamw_config(&self.config.train), &model);
         // Imported weights come without moments: the run then starts with them.
         if state.step > 0 || !moments.is_empty() {
@@ -222,6 +242,7 @@ impl RankJob for Continue {
             metrics,
             control: self.control,
             ranks,
+            notes: Vec::new(),
         };
         parts.session(model, optimizer, place, device)?.run()
     }
@@ -285,6 +306,8 @@ struct Parts {
     metrics: MetricsWriter,
     control: Control,
     ranks: Ranks,
+    /// What is said at the start.
+    notes: Vec<String>,
 }
 
 impl Parts {
@@ -309,8 +332,11 @@ impl Parts {
             let (rank, _) = self.ranks.place();
             Progress::to_file(&self.run.rank_log(rank), steps, epochs)?
         };
-        if let Some(shares) = self.ranks.describe() {
-            progress.say(&shares);
+        let freeze = self.config.init.freeze;
+        let notes = self.notes.iter().cloned();
+        let notes = notes.chain(frozen_note(&model, freeze));
+        for note in notes.chain(self.ranks.describe()) {
+            progress.say(&note);
         }
         Ok(Session {
             device,
@@ -328,15 +354,16 @@ impl Parts {
             place,
             ranks: self.ranks,
             memory,
+            starvation: Starvation::default(),
         })
     }
 
-    /// Of a step; none where ranks share the model.
+    /// Of a step; none where ranks share the model, or where the head alone is trained.
     fn predicted_memory<B: TrainingBackend>(
         &self,
         model: &SwinMoe<B>,
     ) -> Result<Option<PeakMemory>> {
-        if self.ranks.place().1 > 1 {
+        if self.ranks.place().1 > 1 || self.config.init.freeze == Freeze::Backbone {
             return Ok(None);
         }
         let shape = step_shape(&self.config, self.backend);
@@ -348,7 +375,7 @@ impl Parts {
 fn facts(parts: &Parts, schedule: &Schedule) -> Facts {
     let config = &parts.config;
     let line = |label: &str, value: String| (label.to_owned(), value);
-    Facts {
+    let mut facts = Facts {
         name: parts.name.clone(),
         predicted_bytes: None,
         lines: vec![
@@ -373,5 +400,15 @@ fn facts(parts: &Parts, schedule: &Schedule) -> Facts {
                 format!("{}, top {}", config.moe.num_experts, config.moe.top_k),
             ),
         ],
+    };
+    let source = config.init.source.as_ref();
+    facts
+        .lines
+        .extend(source.map(|source| line("initial weights", format!("those of {source}"))));
+    if config.init.freeze == Freeze::Backbone {
+        facts
+            .lines
+            .push(line("trained", "the head alone".to_owned()));
     }
+    facts
 }

@@ -27,7 +27,7 @@ const EXHAUSTED: [&str; 4] = [
 /// What training steps should take and do take.
 #[derive(Debug)]
 pub(super) struct StepMemory {
-    /// None where ranks share the model.
+    /// None where ranks share the model, or the head alone is trained.
     predicted: Option<PeakMemory>,
     seen: Option<Watched>,
     lines: usize,
@@ -132,7 +132,8 @@ impl StepMemory {
                 binary(peak.total_bytes()),
                 binary(peak.activation_bytes),
             ),
-            None => "there is no prediction for a model that ranks share".to_owned(),
+            None => "there is no prediction for ranks that share a model, and for linear probes"
+                .to_owned(),
         };
         let seen = match self.seen {
             Some(seen) => format!(

@@ -128,6 +128,7 @@ fn step_figures(record: &StepRecord) -> Vec<(String, f32)> {
         ("train/aux_loss".to_owned(), record.aux_loss),
         ("train/lr".to_owned(), record.lr as f32),
         ("train/images_per_s".to_owned(), record.images_per_s as f32),
+        ("train/loader_wait".to_owned(), record.loader_wait as f32),
     ];
     for (tag, figure) in [
         ("train/grad_norm", record.grad_norm),
@@ -212,6 +213,7 @@ mod tests {
             grad_norm: Some(0.7),
             loss_scale: None,
             images_per_s: 100.0,
+            loader_wait: 0.25,
             layers: vec![
                 LayerLoad::default(),
                 LayerLoad {

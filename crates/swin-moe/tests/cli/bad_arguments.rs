@@ -53,6 +53,14 @@ pub fn cases(scratch: &Path) -> Vec<Case> {
             "2 back-ends for 3 ranks",
         ),
         ("no ranks", "calibrate --ranks 0", "allowed is 1..=1024"),
+        ("no windows", "throughput --windows 0", "--windows"),
+        ("no steps", "throughput --steps 0", "--steps"),
+        (
+            "no images to time",
+            "throughput --mode eval --batch-size 0",
+            "train.eval_batch_size",
+        ),
+        ("an unknown mode", "throughput --mode fast", "train, eval"),
         (
             "no time to measure",
             "calibrate --ranks 1 --seconds 0",

@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use crate::harness::{Said, program};
-use crate::{bad_arguments, bad_configs, bad_data, bad_files, bad_weights};
+use crate::{bad_arguments, bad_configs, bad_data, bad_files, bad_finetune, bad_weights};
 
 /// One bad input.
 pub struct Case {
@@ -64,6 +64,7 @@ fn every_bad_input_ends_with_one_clear_message() {
     cases.extend(bad_configs::cases(scratch.path()));
     cases.extend(bad_data::cases(scratch.path()));
     cases.extend(bad_files::cases(scratch.path()));
+    cases.extend(bad_finetune::cases(scratch.path()));
     cases.extend(bad_weights::cases(scratch.path()));
     // Past the test harness, which keeps back what passing tests print.
     let _ = writeln!(std::io::stderr(), "{} bad inputs", cases.len());

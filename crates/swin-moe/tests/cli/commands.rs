@@ -51,9 +51,11 @@ fn a_folder_is_learnt_evaluated_and_predicted() {
         line += &format!(" {}", path.display());
         expected.push((path.display().to_string(), name));
     }
-    let said = command(line);
+    let tensors = dir.path().join("scores.safetensors");
+    let said = command(format!("{line} --tensors {}", tensors.display()));
     let lines: Vec<&str> = said.lines().collect();
     assert_eq!(lines.len(), 3 * expected.len(), "{said}");
+    let mut likeliest = Vec::new();
     for (lines, (path, name)) in lines.chunks(3).zip(&expected) {
         assert_eq!(lines[0], path);
         assert!(lines[1].ends_with(&format!(" %  {name}")), "{said}");
@@ -68,6 +70,20 @@ fn a_folder_is_learnt_evaluated_and_predicted() {
         let [first, second] = [percent(lines[1]), percent(lines[2])];
         assert!(
             first >= second && (first + second - 100.0).abs() < 0.02,
+            "{said}"
+        );
+        likeliest.push(first);
+    }
+
+    // The same as numbers, with what the model saw.
+    let tensors = swin_moe::weights::read_file(&tensors).unwrap();
+    assert_eq!(tensors["images"].shape, [3, 3, 8, 8]);
+    assert_eq!(tensors["logits"].shape, [3, 2]);
+    let logits = tensors["logits"].as_floats().unwrap();
+    for (logits, percent) in logits.chunks(2).zip(likeliest) {
+        let likelier = 1.0 / (1.0 + (-(logits[0] - logits[1]).abs()).exp());
+        assert!(
+            (100.0 * f64::from(likelier) - percent).abs() < 0.01,
             "{said}"
         );
     }
@@ -405,6 +421,47 @@ fn the_loader_alone_delivers_whole_epochs() {
     assert_eq!(said.lines().count(), 3, "{said}");
     assert!(said.starts_with("1438 images, 3 workers"), "{said}");
     assert_eq!(said.matches(": 1400 images in ").count(), 2, "{said}");
+}
+
+/// Least, median and most of what `throughput` says.
+fn rates(said: &str) -> [f64; 3] {
+    let line = said.lines().nth(1).unwrap();
+    let numbers: Vec<f64> = line
+        .split(|c: char| !(c.is_ascii_digit() || c == '.'))
+        .filter_map(|word| word.parse().ok())
+        .collect();
+    let &[median, _windows, _steps, least, most] = numbers.as_slice() else {
+        panic!("{said}");
+    };
+    [least, median, most]
+}
+
+#[test]
+fn the_model_alone_is_timed() {
+    let small = "--warmup 1 --windows 3 --steps 2 --batch-size 6 --set train.accumulation_steps=4";
+    for (mode, head) in [
+        ("", "train, f32, batch of 6, cpu ("),
+        (
+            "--mode train --set train.precision=bf16",
+            "train, bf16, batch of 6, cpu (",
+        ),
+        ("--mode eval", "eval, f32, batch of 6, cpu ("),
+    ] {
+        let said = command(format!("throughput {small} {mode}"));
+        assert!(said.starts_with(head), "{said}");
+        assert!(said.contains("median of 3 windows of 2 steps"), "{said}");
+        let [least, median, most] = rates(&said);
+        assert!(0.0 < least && least <= median && median <= most, "{said}");
+        assert!(said.contains("the device does not tell"), "{said}");
+    }
+    // The settings' own batches, of training and of evaluation.
+    let set = "--set train.batch_size=3 --set train.eval_batch_size=5 --windows 1 --steps 1";
+    for (mode, head) in [("train", "batch of 3,"), ("eval", "batch of 5,")] {
+        let said = command(format!("throughput {set} --warmup 0 --mode {mode}"));
+        assert!(said.contains(head), "{said}");
+        let [least, median, most] = rates(&said);
+        assert!(least == median && median == most, "{said}");
+    }
 }
 
 #[test]

@@ -79,6 +79,31 @@ fn images_are_what_was_written() {
     }
 }
 
+/// The first batch is never ready at once; waiting is a part of the time that passes.
+#[test]
+fn waiting_for_batches_is_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(&image_folder(dir.path()), &[]);
+    let options = LoaderConfig {
+        batch_size: 3,
+        seed: 7,
+        epoch: 0,
+        start_batch: 0,
+        shuffle: true,
+        drop_last: false,
+        workers: 1,
+        part: None,
+    };
+    let since = std::time::Instant::now();
+    let mut loader = Loader::new(dataset(&config, Split::Train), options).unwrap();
+    assert!(loader.waited().is_zero());
+    assert_eq!(loader.next().unwrap().unwrap().len(), 3);
+    let first = loader.waited();
+    assert!(!first.is_zero() && first <= since.elapsed());
+    while loader.next().is_some() {}
+    assert!(loader.waited() >= first && loader.waited() <= since.elapsed());
+}
+
 #[test]
 fn threads_change_nothing() {
     let dir = tempfile::tempdir().unwrap();

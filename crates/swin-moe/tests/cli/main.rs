@@ -4,11 +4,13 @@ mod bad_arguments;
 mod bad_configs;
 mod bad_data;
 mod bad_files;
+mod bad_finetune;
 mod bad_input;
 mod bad_weights;
 mod checkpoints;
 mod commands;
 mod files;
+mod finetune;
 mod harness;
 #[cfg(unix)]
 mod kills;

@@ -30,6 +30,7 @@ pub fn numbers(run: &Path) -> Vec<String> {
             if let Some(fields) = record.as_object_mut() {
                 fields.remove("images_per_s");
                 fields.remove("memory");
+                fields.remove("loader_wait");
             }
             record.to_string()
         })
@@ -263,6 +264,7 @@ fn a_run_leaves_settings_metrics_checkpoints_and_a_report() {
                 "lr",
                 "grad_norm",
                 "images_per_s",
+                "loader_wait",
             ][..],
         ),
         ("eval", &["epoch", "top1", "top5", "loss"]),
@@ -277,6 +279,8 @@ fn a_run_leaves_settings_metrics_checkpoints_and_a_report() {
     for (number, step) in of_kind("step").into_iter().enumerate() {
         assert_eq!(step["step"], number + 1);
         assert_eq!(step["epoch"], number / STEPS_PER_EPOCH + 1);
+        let waited = step["loader_wait"].as_f64().unwrap();
+        assert!((0.0..=1.0).contains(&waited), "{step}");
     }
 
     let mut checkpoints: Vec<_> = fs::read_dir(run.join("checkpoints"))
@@ -299,6 +303,7 @@ fn the_report_is_one_page_with_every_plot() {
     let run = dir.path().join("run");
     train_tiny(&run, &[], "");
     let page = fs::read_to_string(run.join("report.html")).unwrap();
+    assert!(page.contains("of the time waiting for images"));
     for reference in ["http:", "https:", "src=", "href=", "@import", "url("] {
         assert!(!page.contains(reference), "the page refers to {reference}");
     }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use burn::tensor::{Tensor, TensorData};
 use hexa_moe::{BalanceConfig, RouterConfig};
 use hexa_ops::{TrainingBackend, backend_test};
+use swin_moe::config::Freeze;
 use swin_moe::model::{SwinMoe, SwinMoeConfig};
 use swin_moe::train::pass::{LossWeights, Pass, by_segments, whole};
 use swin_moe::train::{Targets, cross_entropy};
@@ -63,7 +64,7 @@ fn one_graph<B: TrainingBackend>(
             loads.push(report.load);
         }
     }
-    let logits = model.classify(x, batch).unwrap();
+    let logits = model.classify(model.pool(x, batch)).unwrap();
     let ce_loss = cross_entropy(logits, targets, WEIGHTS.label_smoothing) * WEIGHTS.ce;
     let aux_loss = aux_loss * WEIGHTS.aux;
     Pass {
@@ -136,7 +137,7 @@ fn without_noise_it_is_the_whole_pass<B: TrainingBackend>() {
     let model: SwinMoe<B> = config.init(&device).unwrap();
     let model = model.without_noise();
     let x = images::<B>(&config, 5, &device);
-    let want = whole(&model, x.clone(), targets(&device), WEIGHTS).unwrap();
+    let want = whole(&model, x.clone(), targets(&device), WEIGHTS, Freeze::None).unwrap();
     let got = by_segments(&model, x, targets(&device), WEIGHTS, seed).unwrap();
     compare(&model, got, want);
 }

@@ -13,22 +13,32 @@ use crate::train::error::Result;
 use crate::train::optimizer::{AdamW, FlatGradients};
 use crate::train::tally::Tally;
 
+/// Gradients of all ranks together.
+pub(in crate::train) struct Reduced<B: Backend> {
+    pub gradients: FlatGradients<B>,
+    /// Before clipping: `[1]`.
+    pub norm: Tensor<B, 1>,
+}
+
 impl Ranks {
     /// The sums of all ranks' gradients, and their norm, `[1]`.
     pub(in crate::train) fn reduce<B: TrainingBackend>(
         &self,
         optimizer: &AdamW<B>,
         gradients: FlatGradients<B::InnerBackend>,
-    ) -> Result<(FlatGradients<B::InnerBackend>, Tensor<B::InnerBackend, 1>)> {
+    ) -> Result<Reduced<B::InnerBackend>> {
         let Some(member) = &self.0 else {
             let norm = gradients.norm();
-            return Ok((gradients, norm));
+            return Ok(Reduced { gradients, norm });
         };
         // What a backward pass could not report, and the end of the gathered weights.
         member.context.cache().clear();
         member.context.check()?;
         let (sums, norm) = member.sum_gradients(gradients.0, optimizer.sliced_buckets())?;
-        Ok((FlatGradients(sums), norm))
+        Ok(Reduced {
+            gradients: FlatGradients(sums),
+            norm,
+        })
     }
 
     /// Sums of values over ranks, in the order of ranks.

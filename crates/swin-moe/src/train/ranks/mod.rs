@@ -26,6 +26,7 @@ use crate::config::Config;
 use crate::data::{Batch, BatchPart};
 use crate::model::SwinMoe;
 
+pub(super) use exchange::Reduced;
 pub(super) use launch::{RankJob, Seat, launch};
 pub(super) use save::Snapshot;
 pub(super) use slices::{Cut, Cuts};

@@ -149,12 +149,22 @@ fn cards(steps: &[&StepRecord], evals: &[&EvalRecord]) -> String {
             last_step.map_or("–".to_owned(), |s| s.step.to_string()),
         ),
         ("images / s, median", rate.unwrap_or("–".to_owned())),
+        ("of the time waiting for images", waiting(steps)),
     ];
     let mut html = String::from("<section class=\"cards\">");
     for (label, value) in cards {
         let _ = write!(html, "<div><b>{value}</b><span>{label}</span></div>");
     }
     html + "</section>"
+}
+
+/// Mean share of the time that steps waited for the loader.
+fn waiting(steps: &[&StepRecord]) -> String {
+    if steps.is_empty() {
+        return "–".to_owned();
+    }
+    let sum: f64 = steps.iter().map(|s| s.loader_wait).sum();
+    format!("{:.1} %", 100.0 * sum / steps.len() as f64)
 }
 
 fn loss_chart(steps: &[&StepRecord], evals: &[&EvalRecord]) -> String {
@@ -362,6 +372,7 @@ mod tests {
                     grad_norm: (step != 7).then_some(1.0),
                     loss_scale: None,
                     images_per_s: 321.0,
+                    loader_wait: 0.1 + 0.1 * (step % 2) as f64,
                     layers: layers(step),
                     memory: MemoryRecord {
                         host_bytes: Some(step << 20),
@@ -407,6 +418,7 @@ mod tests {
             "MoE layer 1: tokens per expert",
             "Tile waste",
             "87.50 %",
+            "<b>15.0 %</b><span>of the time waiting for images</span>",
             "expert 2",
             "<th>back-end</th><td>cpu</td>",
             "<th>peak memory of tensors, predicted</th><td>1.50 GiB</td>",

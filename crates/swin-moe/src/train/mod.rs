@@ -3,6 +3,7 @@
 //! [`train`] starts a run, [`resume`] continues one; [`Trained`] is what a checkpoint can be used
 //! for. None of them is generic: the back-end is a value, see [`crate::backend`].
 
+mod calibrate;
 pub mod checkpoint;
 pub mod classes;
 mod device;
@@ -22,6 +23,7 @@ mod random;
 mod ranks;
 pub mod report;
 mod request;
+mod reslice;
 pub mod run_dir;
 pub mod schedule;
 mod session;
@@ -29,6 +31,7 @@ mod setup;
 pub mod tally;
 mod upcycle;
 
+pub use calibrate::{CalibrateProcessRequest, calibrate_process};
 pub use error::{Result, TrainError};
 pub use evaluate::{Evaluation, evaluate};
 pub use faults::DeviceFaults;

@@ -9,6 +9,7 @@ mod bad_weights;
 mod checkpoints;
 mod commands;
 mod files;
+mod fleets;
 mod harness;
 #[cfg(unix)]
 mod kills;

@@ -13,6 +13,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use harness::{Said, TINY, sets, words};
+use hexa_moe::parallel::fleet::Fleet;
 use ranks::{QUIET, assert_close, resume, train_quiet};
 use swin_moe::train::run_dir::RunDir;
 
@@ -21,8 +22,12 @@ const BOUND: Duration = Duration::from_secs(120);
 
 fn main() {
     type Test = fn(&Path);
-    let tests: [(&str, Test); 2] = [
+    let tests: [(&str, Test); 3] = [
         ("losses_are_those_of_one_process", equal),
+        (
+            "processes_are_measured_each_by_itself_and_trained_by_that",
+            measured,
+        ),
         (
             "a_killed_rank_ends_the_job_and_the_checkpoint_stands",
             killed,
@@ -89,6 +94,48 @@ fn equal(dir: &Path) {
         resume(&several, "--engine local --ranks 1 --max-steps 12");
         assert_close(&several, &one, 0, 1e-4);
     }
+}
+
+fn measured(dir: &Path) {
+    let settings = [&TINY[..], &QUIET].concat();
+    let file = dir.join("fleet.toml");
+    let line = format!(
+        "calibrate --engine mpi --seconds 1e-4 --output {}",
+        file.display()
+    );
+    let said = ended(mpirun(3, &line, &settings));
+    assert_eq!(said.status, Some(0), "{said:?}");
+    assert_eq!(said.stdout.matches("wrote").count(), 1, "{}", said.stdout);
+    let fleet = Fleet::load(&file).unwrap();
+    assert_eq!((fleet.world_size(), fleet.engine.as_str()), (3, "mpi"));
+    let memory: Vec<u64> = fleet.ranks.iter().filter_map(|r| r.memory_bytes).collect();
+    assert!(memory.len() == 3 && memory[0] == memory[2], "{memory:?}");
+
+    let one = dir.join("one");
+    train_quiet(&one, &[], "--max-steps 6");
+    let several = dir.join("several");
+    let line = format!(
+        "train --engine mpi --fleet {} --max-steps 3 --output {}",
+        file.display(),
+        several.display()
+    );
+    let said = ended(mpirun(3, &line, &settings));
+    assert_eq!(said.status, Some(0), "{said:?}");
+    let plan = |run: &Path| RunDir::open(run).unwrap().load_last().unwrap().0.state.plan;
+    let chosen = plan(&several);
+    assert_eq!(chosen.as_ref().map(|p| p.world_size()), Some(3));
+    // As many processes go on with the same shares, others with new ones: measured, as the mode
+    // is auto with a fleet.
+    for (ranks, until) in [(3, 4), (2, 6)] {
+        let line = format!("train --resume {} --max-steps {until}", several.display());
+        let said = ended(mpirun(ranks, &line, &[]));
+        assert_eq!(said.status, Some(0), "{said:?}");
+        match ranks {
+            3 => assert_eq!(plan(&several), chosen),
+            _ => assert_eq!(plan(&several).map(|p| p.world_size()), Some(2)),
+        }
+    }
+    assert_close(&several, &one, 0, 1e-4);
 }
 
 /// Processes whose parent is this one.

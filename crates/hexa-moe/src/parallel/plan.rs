@@ -66,7 +66,12 @@ impl ParallelPlan {
     /// [`MoeError::Split`] says what does not fit.
     pub fn validate(&self, world_size: usize, d_ff: &[usize], batch: usize) -> Result<()> {
         let refuse = |got, allowed| Err(MoeError::Split { got, allowed });
-        if self.batch.len() != world_size || self.batch.iter().sum::<usize>() != batch {
+        // Shares may come from a file, with any numbers in it.
+        let sum = |shares: &[usize]| {
+            let mut shares = shares.iter();
+            shares.try_fold(0usize, |sum, &share| sum.checked_add(share))
+        };
+        if self.batch.len() != world_size || sum(&self.batch) != Some(batch) {
             let got = format!("{:?} for a batch of {batch}", self.batch);
             return refuse(
                 got,
@@ -78,7 +83,7 @@ impl ParallelPlan {
             return refuse(got, "one entry per Mixture-of-Experts layer");
         }
         for (layer, &d_ff) in self.layers.iter().zip(d_ff) {
-            if layer.widths.len() != world_size || layer.widths.iter().sum::<usize>() != d_ff {
+            if layer.widths.len() != world_size || sum(&layer.widths) != Some(d_ff) {
                 let got = format!("slices {:?} for d_ff {d_ff}", layer.widths);
                 return refuse(got, "one slice per rank, whose sum is d_ff");
             }

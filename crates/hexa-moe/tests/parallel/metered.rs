@@ -29,6 +29,9 @@ fn traffic_is_counted_by_kind_of_tensor() {
             let counts = |t: &Traffic| (t.collectives, t.elements);
             assert_eq!(counts(&totals["tokens"]), (3, 9));
             assert_eq!(counts(&totals["loss"]), (2, 1));
+            // What the other has of three layers' tokens; the loss is of no layer.
+            assert_eq!(totals["tokens"].received_by_layers, [6, 3][rank]);
+            assert_eq!(totals["loss"].received_by_layers, 0);
             assert_eq!(totals.len(), 2);
             assert_eq!(waited, totals.values().map(|t| t.waited).sum());
             assert_eq!(meter.waited(), Duration::ZERO);

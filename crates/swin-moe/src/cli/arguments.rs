@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::backend::BackendKind;
-use crate::config::{Engine, Mode, Precision};
+use crate::config::{Engine, Mode, Precision, Rebalance};
 use crate::train::{ParallelOverrides, ThroughputMode};
 
 /// Swin Transformer with Mixture-of-Experts layers: training and what goes with it.
@@ -76,14 +76,21 @@ pub(super) struct Train {
     #[command(flatten)]
     pub(super) parallel: Parallel,
     /// Fleet file that `calibrate` wrote with these settings: shares by measured speed, and the
-    /// faster mode of each layer unless --mode names one.
+    /// faster mode of each layer unless --mode names one. A resumed run has its own.
     #[arg(
         long,
         value_name = "FILE",
         help_heading = "Several devices",
-        conflicts_with_all = ["split", "resume"]
+        conflicts_with = "split"
     )]
     pub(super) fleet: Option<PathBuf>,
+    /// Split shares anew when a device has slowed down or come back: auto or off.
+    #[arg(long, value_enum, help_heading = "Several devices")]
+    pub(super) rebalance: Option<Rebalance>,
+    /// Fraction by which the slowest rank may take longer than the fastest before shares are split
+    /// anew.
+    #[arg(long, value_name = "FRACTION", help_heading = "Several devices")]
+    pub(super) rebalance_threshold: Option<f64>,
 }
 
 /// Ranks; each replaces a key of [parallel].
@@ -96,7 +103,9 @@ pub(super) struct Parallel {
     /// What ranks are: local (threads) or mpi (processes that mpirun has started).
     #[arg(long, value_enum)]
     pub(super) engine: Option<Engine>,
-    /// What Mixture-of-Experts layers move between ranks: data (weights) or model (tokens).
+    /// What Mixture-of-Experts layers move between ranks: data (weights), model (tokens) or, in
+    /// training, auto: each layer's faster mode and shares by speed, as the fleet file says or as
+    /// measured first.
     #[arg(long, value_enum)]
     pub(super) mode: Option<Mode>,
     /// Weight of each rank's share, as in 5,2,1; equal without it.
@@ -111,6 +120,7 @@ impl Parallel {
             engine: self.engine,
             mode: self.mode,
             split: self.split.clone(),
+            ..ParallelOverrides::default()
         }
     }
 }
@@ -342,6 +352,10 @@ pub(super) struct Calibrate {
     /// Ranks, as threads of this process; as many as --backend names without it.
     #[arg(long, value_name = "N")]
     pub(super) ranks: Option<usize>,
+    /// What ranks are: local (threads) or mpi (processes that mpirun has started, each measuring
+    /// its own --backend).
+    #[arg(long, value_enum, default_value = "local")]
+    pub(super) engine: Engine,
     /// Where ranks compute: one back-end for all, or one for each, as cpu,wgpu.
     #[arg(long, value_delimiter = ',', default_value = "cpu")]
     pub(super) backend: Vec<BackendKind>,

@@ -10,7 +10,7 @@ use hexa_ops::TrainingBackend;
 use super::Done;
 use super::arguments;
 use crate::backend::{BackendKind, Job, dispatch};
-use crate::config::{Config, DataSource, Precision};
+use crate::config::{Config, DataSource, Engine, Mode, Precision};
 use crate::info::ModelInfo;
 use crate::memory::TrainingMemory;
 use crate::parity::{ParityError, ParityReport, run_parity};
@@ -18,9 +18,9 @@ use crate::settings::model_config;
 use crate::train::metrics::{LayerLoad, WORST_CLASSES};
 use crate::train::run_dir::{RunDir, default_output};
 use crate::train::{
-    Control, DenseSource, DeviceFaults, End, ImportRequest, Outcome, ProbeRequest, ResumeRequest,
-    StopFlag, TestImages, TrainImages, TrainRequest, Trained, UpcycleRequest, Verbosity,
-    probe_memory, resume, step_shape,
+    Control, DenseSource, DeviceFaults, End, ImportRequest, Outcome, ParallelOverrides,
+    ProbeRequest, ResumeRequest, StopFlag, TestImages, TrainImages, TrainRequest, Trained,
+    UpcycleRequest, Verbosity, probe_memory, resume, step_shape,
 };
 use crate::weights::ImportOptions;
 
@@ -31,15 +31,18 @@ pub(super) fn train(arguments: arguments::Train, faults: DeviceFaults) -> Result
         faults,
         verbosity: Verbosity::Normal,
     };
-    let outcome = match arguments.resume {
-        Some(run) => resume(ResumeRequest {
-            run,
-            backend: arguments.backend,
-            data: arguments.data,
-            parallel: arguments.parallel.overrides(),
-            plan: None,
-            control,
-        })?,
+    let outcome = match &arguments.resume {
+        Some(run) => {
+            let (parallel, fleet) = parallel(&arguments)?;
+            resume(ResumeRequest {
+                run: run.clone(),
+                backend: arguments.backend,
+                data: arguments.data,
+                parallel,
+                fleet,
+                control,
+            })?
+        }
         None => crate::train::train(new_run(arguments, control)?)?,
     };
     if outcome.is_lead {
@@ -51,7 +54,27 @@ pub(super) fn train(arguments: arguments::Train, faults: DeviceFaults) -> Result
     })
 }
 
+/// Settings of ranks, and the fleet that shares are chosen by, if one is given.
+fn parallel(arguments: &arguments::Train) -> Result<(ParallelOverrides, Option<Fleet>)> {
+    let mut overrides = ParallelOverrides {
+        rebalance: arguments.rebalance,
+        rebalance_threshold: arguments.rebalance_threshold,
+        ..arguments.parallel.overrides()
+    };
+    let fleet = arguments.fleet.as_deref().map(Fleet::load).transpose()?;
+    if let Some(fleet) = &fleet {
+        // Processes are as many as mpirun has started.
+        if overrides.engine != Some(Engine::Mpi) {
+            overrides.ranks.get_or_insert(fleet.world_size());
+        }
+        overrides.mode.get_or_insert(Mode::Auto);
+        overrides.split = Some(Vec::new());
+    }
+    Ok((overrides, fleet))
+}
+
 fn new_run(arguments: arguments::Train, control: Control) -> Result<TrainRequest> {
+    let (overrides, fleet) = parallel(&arguments)?;
     let mut config = Config::load(arguments.config.as_deref(), &arguments.set)?;
     if let Some(folder) = arguments.data {
         config.data.source = DataSource::Folder(folder);
@@ -64,23 +87,14 @@ fn new_run(arguments: arguments::Train, control: Control) -> Result<TrainRequest
         );
         config.train.seed = seed;
     }
-    let mut overrides = arguments.parallel.overrides();
-    let fleet = arguments.fleet.as_deref().map(Fleet::load).transpose()?;
-    if let Some(fleet) = &fleet {
-        overrides.ranks.get_or_insert(fleet.world_size());
-    }
     let config = overrides.apply(&config)?;
-    let plan = match &fleet {
-        Some(fleet) => Some(super::fleet::train_plan(fleet, &config, overrides.mode)?),
-        None => None,
-    };
     let name = run_name(arguments.config.as_deref());
     Ok(TrainRequest {
         output: arguments.output.unwrap_or_else(|| default_output(&name)),
         name,
         config,
         backend: arguments.backend.unwrap_or(BackendKind::Cpu),
-        plan,
+        fleet,
         control,
     })
 }

@@ -2,19 +2,19 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use hexa_moe::parallel::Mode;
 use hexa_moe::parallel::fleet::{Fleet, FleetError, PlanTable, Prediction};
-use hexa_moe::parallel::{Mode, ParallelPlan};
 
 use super::Done;
 use super::arguments;
 use super::commands::count_classes;
 use crate::backend::BackendKind;
-use crate::config::{self, Config, Engine};
+use crate::config::{Config, Engine};
 use crate::fleet::{self, CalibrateRequest, FleetJobError};
 use crate::model::SwinMoeConfig;
 use crate::settings::model_config;
-use crate::train::DeviceFaults;
+use crate::train::{CalibrateProcessRequest, DeviceFaults, ParallelOverrides, calibrate_process};
 
 pub(super) fn calibrate(arguments: arguments::Calibrate, faults: DeviceFaults) -> Result<Done> {
     let (config, model) = configured(arguments.config.as_deref(), &arguments.set)?;
@@ -33,15 +33,48 @@ pub(super) fn calibrate(arguments: arguments::Calibrate, faults: DeviceFaults) -
         }
         None => None,
     };
-    let request = CalibrateRequest {
-        model,
-        batch: config.train.batch_size,
-        backends: backends(arguments.ranks, arguments.backend)?,
-        memory_bytes,
-        seconds: arguments.seconds,
+    let batch = config.train.batch_size;
+    let measured = match arguments.engine {
+        Engine::Local => {
+            let request = CalibrateRequest {
+                model,
+                batch,
+                backends: backends(arguments.ranks, arguments.backend)?,
+                memory_bytes,
+                seconds: arguments.seconds,
+            };
+            let fleet = fleet::calibrate(&request)?;
+            faults.check("while ranks were measured")?;
+            Some(fleet)
+        }
+        Engine::Mpi => {
+            let [backend] = arguments.backend[..] else {
+                bail!(
+                    "--backend names {} back-ends, allowed is one with --engine mpi: that of the \
+                     process; for others, give mpirun several programs, parted by a colon",
+                    arguments.backend.len()
+                );
+            };
+            let job = ParallelOverrides {
+                engine: Some(Engine::Mpi),
+                ranks: arguments.ranks,
+                ..ParallelOverrides::default()
+            };
+            calibrate_process(CalibrateProcessRequest {
+                model,
+                batch,
+                backend,
+                parallel: job.apply(&config)?.parallel,
+                memory_bytes,
+                seconds: arguments.seconds,
+                faults,
+            })?
+        }
     };
-    let fleet = fleet::calibrate(&request)?;
-    faults.check("while ranks were measured")?;
+    // Rank 0 speaks for the job.
+    let Some(fleet) = measured else {
+        return Ok(Done::Success);
+    };
     fleet.save(&arguments.output)?;
     for rank in &fleet.ranks {
         println!("{} ({}):", rank.name, rank.backend);
@@ -105,33 +138,6 @@ pub(super) fn plan(arguments: arguments::Plan) -> Result<Done> {
         }
     );
     Ok(Done::Success)
-}
-
-/// The plan of a new run on a measured fleet.
-pub(super) fn train_plan(
-    fleet: &Fleet,
-    config: &Config,
-    mode: Option<config::Mode>,
-) -> Result<ParallelPlan> {
-    if config.parallel.engine == Engine::Local && config.parallel.ranks != fleet.world_size() {
-        return Err(FleetError::Ranks {
-            fleet: fleet.world_size(),
-            wanted: config.parallel.ranks,
-        }
-        .into());
-    }
-    let model = model_of(config)?;
-    let mode = mode.map(|mode| match mode {
-        config::Mode::Data => Mode::DataCentric,
-        config::Mode::Model => Mode::ModelCentric,
-    });
-    let chosen = fleet::plan(&model, config.train.batch_size, fleet, mode)?;
-    eprintln!(
-        "planned: samples {:?}, predicted {:.2} ms/step",
-        chosen.plan.batch,
-        1e3 * chosen.step_s
-    );
-    Ok(chosen.plan)
 }
 
 /// Whether all ranks have the memory.

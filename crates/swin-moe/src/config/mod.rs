@@ -24,7 +24,7 @@ pub use raw::{
 pub use types::{
     AugmentConfig, AuxLoss, CheckpointConfig, Config, CropFill, DataConfig, DataSource, Engine,
     MixConfig, Mode, ModelConfig, MoeSettings, ParallelConfig, Precision, RandAugmentConfig,
-    RouterKind, TrainConfig,
+    Rebalance, RouterKind, TrainConfig,
 };
 
 use document::Document;

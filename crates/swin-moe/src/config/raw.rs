@@ -4,7 +4,7 @@ use hexa_ops::Activation;
 use serde::{Deserialize, Serialize};
 
 use super::init::Freeze;
-use super::types::{AuxLoss, CropFill, Engine, Mode, Precision, RouterKind};
+use super::types::{AuxLoss, CropFill, Engine, Mode, Precision, Rebalance, RouterKind};
 
 /// A configuration as it stands in a file; nothing is checked but names and types.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -346,10 +346,17 @@ pub struct RawParallel {
     pub ranks: usize,
     /// What ranks are: `"local"` (threads) or `"mpi"` (processes under `mpirun`).
     pub engine: Engine,
-    /// What the Mixture-of-Experts layers move: `"data"` (weights) or `"model"` (tokens).
+    /// What the Mixture-of-Experts layers move: `"data"` (weights), `"model"` (tokens), or
+    /// `"auto"`: each layer's faster mode and shares by speed, of a fleet file or as measured when
+    /// the run begins.
     pub mode: Mode,
-    /// Weight of each rank's share; empty for equal shares.
+    /// Weight of each rank's share; empty for equal shares, and with `mode = "auto"`.
     pub split: Vec<f64>,
+    /// `"auto"` splits batches, and at checkpoints hidden widths, anew when a device has slowed
+    /// down; `"off"` leaves them.
+    pub rebalance: Rebalance,
+    /// Fraction by which the slowest rank may take longer than the fastest before it does.
+    pub rebalance_threshold: f64,
 }
 
 impl Default for RawParallel {
@@ -359,6 +366,8 @@ impl Default for RawParallel {
             engine: Engine::Local,
             mode: Mode::Data,
             split: vec![],
+            rebalance: Rebalance::Off,
+            rebalance_threshold: 0.2,
         }
     }
 }

@@ -26,6 +26,8 @@ impl Config {
                 engine: self.parallel.engine,
                 mode: self.parallel.mode,
                 split: self.parallel.split.clone().unwrap_or_default(),
+                rebalance: self.parallel.rebalance,
+                rebalance_threshold: self.parallel.rebalance_threshold,
             },
         }
     }

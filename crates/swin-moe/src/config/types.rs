@@ -355,6 +355,10 @@ pub struct ParallelConfig {
     /// Weights of the ranks' shares: of the experts' hidden width, and in the data-centric mode of
     /// each batch; `None` for equal ones.
     pub split: Option<Vec<f64>>,
+    /// Whether shares follow the ranks' step times during training.
+    pub rebalance: Rebalance,
+    /// Fraction by which the slowest rank may take longer than the fastest before they do.
+    pub rebalance_threshold: f64,
 }
 
 /// What ranks are.
@@ -377,4 +381,17 @@ pub enum Mode {
     Data,
     /// Tokens.
     Model,
+    /// What a cost model finds faster, layer by layer; shares are chosen with it.
+    Auto,
+}
+
+/// Whether shares follow the ranks' step times.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Rebalance {
+    /// They stay as they are.
+    #[default]
+    Off,
+    /// They are split anew when a device has slowed down, or come back.
+    Auto,
 }

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use super::error::ConfigError;
 use super::raw::{RawCheckpoint, RawConfig, RawData, RawModel, RawMoe, RawParallel, RawTrain};
 use super::types::{
-    AuxLoss, CheckpointConfig, Config, DataConfig, DataSource, Engine, ModelConfig, MoeSettings,
-    ParallelConfig, TrainConfig,
+    AuxLoss, CheckpointConfig, Config, DataConfig, DataSource, Engine, Mode, ModelConfig,
+    MoeSettings, ParallelConfig, TrainConfig,
 };
 
 pub(super) type Result<T> = std::result::Result<T, ConfigError>;
@@ -581,11 +581,27 @@ impl RawParallel {
                 "somebody has to do the work",
             ));
         }
+        if !self.split.is_empty() && self.mode == Mode::Auto {
+            return Err(ConfigError::value(
+                key,
+                format!("{:?} with parallel.mode = \"auto\"", self.split),
+                "none, as this mode chooses shares itself",
+                "leave the split out, or choose the mode data or model",
+            ));
+        }
+        within(
+            "parallel.rebalance_threshold",
+            self.rebalance_threshold,
+            0.0..=100.0,
+            "0.2, say: a fifth slower",
+        )?;
         Ok(ParallelConfig {
             ranks: self.ranks,
             engine: self.engine,
             mode: self.mode,
             split: (!self.split.is_empty()).then(|| self.split.clone()),
+            rebalance: self.rebalance,
+            rebalance_threshold: self.rebalance_threshold,
         })
     }
 }

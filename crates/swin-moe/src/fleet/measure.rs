@@ -9,7 +9,7 @@ use hexa_moe::parallel::{Communicator, ParallelContext};
 use hexa_ops::TrainingBackend;
 
 use super::{FleetJobError, workload};
-use crate::backend::{BackendKind, Job, dispatch};
+use crate::backend::{BackendKind, Job, devices, dispatch};
 use crate::memory::{Held, check_fits, machine_bytes};
 use crate::model::block::FeedForward;
 use crate::model::{ModelError, SwinMoe, SwinMoeConfig};
@@ -32,7 +32,7 @@ pub struct CalibrateRequest {
     pub seconds: f64,
 }
 
-/// Measures ranks that are threads of this process.
+/// Measures ranks that are threads of this process, on one device each where there are several.
 ///
 /// # Errors
 /// [`FleetJobError`] if a back-end cannot be used, or a rank fails.
@@ -41,7 +41,7 @@ pub fn calibrate(request: &CalibrateRequest) -> Result<Fleet, FleetJobError> {
         .into_iter()
         .map(|comm| {
             let request = request.clone();
-            std::thread::spawn(move || calibrate_rank(comm, "local", &request))
+            std::thread::spawn(move || calibrate_thread(comm, &request))
         })
         .collect();
     let outcomes = ranks.into_iter().enumerate().map(|(rank, thread)| {
@@ -69,67 +69,100 @@ pub fn calibrate(request: &CalibrateRequest) -> Result<Fleet, FleetJobError> {
     })
 }
 
-/// Measures as one rank of a job, whatever its engine; all ranks call it together and return the
-/// same fleet.
-///
-/// # Errors
-/// [`FleetJobError`] if the back-end cannot be used, this rank or another fails, or the request is
-/// for another number of ranks.
-pub fn calibrate_rank(
+fn calibrate_thread(
     comm: impl Communicator + 'static,
-    engine: &str,
     request: &CalibrateRequest,
 ) -> Result<Fleet, FleetJobError> {
     let rank = comm.rank();
-    if comm.world_size() != request.backends.len() {
-        return Err(FleetJobError::Fleet(FleetError::Ranks {
-            fleet: request.backends.len(),
-            wanted: comm.world_size(),
-        }));
-    }
-    let workload = &workload(&request.model, request.batch)?;
     let backend = request.backends[rank];
-    let context = ParallelContext::new(comm);
-    let on_cpu = backend == BackendKind::Cpu;
-    if on_cpu {
-        check_fits(&request.model, Held::Parameters, 1)?;
-    }
-    let equal_part = || machine_bytes().map(|bytes| bytes / request.backends.len() as u64);
-    let all = request.batch;
-    let mut batches = vec![all.div_ceil(4), all.div_ceil(2), all];
-    batches.dedup();
-    let job = MeasureJob {
-        calibration: Calibration {
-            workload,
-            batches,
+    let alike = |backends: &[BackendKind]| backends.iter().filter(|&&b| b == backend).count();
+    let job = ThreadJob {
+        context: ParallelContext::new(comm),
+        place: alike(&request.backends[..rank]),
+        setting: RankSetting {
+            model: &request.model,
+            batch: request.batch,
+            backend,
+            engine: "local",
+            memory_bytes: request.memory_bytes,
+            ranks_here: request.backends.len(),
             seconds: request.seconds,
-            name: format!("rank{rank}"),
-            backend: backend.name().to_owned(),
-            memory_bytes: request
-                .memory_bytes
-                .or_else(|| equal_part().filter(|_| on_cpu)),
-            engine: engine.to_owned(),
         },
-        context: &context,
-        model: &request.model,
     };
     dispatch(backend, job).map_err(|error| FleetJobError::Backend { rank, error })?
 }
 
-struct MeasureJob<'a> {
-    calibration: Calibration<'a>,
-    context: &'a ParallelContext,
-    model: &'a SwinMoeConfig,
+struct ThreadJob<'a> {
+    context: ParallelContext,
+    /// Among the ranks with this back-end.
+    place: usize,
+    setting: RankSetting<'a>,
 }
 
-impl Job for MeasureJob<'_> {
+impl Job for ThreadJob<'_> {
     type Output = Result<Fleet, FleetJobError>;
 
     fn run<B: TrainingBackend>(self, device: &B::Device) -> Self::Output {
-        let mut step = ModelStep::<B>::new(self.model, device)?;
-        let fleet = fleet::calibrate::<B>(self.context, device, &self.calibration, &mut step)?;
-        Ok(fleet)
+        let devices = devices::<B>(self.setting.backend, device);
+        let place = self.place % devices.len().max(1);
+        let device = devices.get(place).unwrap_or(device);
+        measure_rank::<B>(&self.context, device, &self.setting)
     }
+}
+
+/// What is measured on one rank of a job.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RankSetting<'a> {
+    /// The model.
+    pub model: &'a SwinMoeConfig,
+    /// Samples of a step, all ranks together.
+    pub batch: usize,
+    /// The rank's back-end.
+    pub backend: BackendKind,
+    /// The job's engine.
+    pub engine: &'a str,
+    /// Bytes that the rank may use; without it, on the CPU, the machine's in equal parts.
+    pub memory_bytes: Option<u64>,
+    /// Ranks on this machine.
+    pub ranks_here: usize,
+    /// Seconds for each measurement.
+    pub seconds: f64,
+}
+
+/// Measures as one rank of a job, whatever its engine; all ranks call it together and return the
+/// same fleet.
+///
+/// # Errors
+/// [`FleetJobError`] if this rank or another fails.
+pub(crate) fn measure_rank<B: TrainingBackend>(
+    context: &ParallelContext,
+    device: &B::Device,
+    setting: &RankSetting,
+) -> Result<Fleet, FleetJobError> {
+    let workload = &workload(setting.model, setting.batch)?;
+    let on_cpu = setting.backend == BackendKind::Cpu;
+    if on_cpu {
+        check_fits(setting.model, Held::Parameters, 1)?;
+    }
+    let ranks_here = setting.ranks_here.max(1) as u64;
+    let equal_part = || machine_bytes().map(|bytes| bytes / ranks_here);
+    let all = setting.batch;
+    let mut batches = vec![all.div_ceil(4), all.div_ceil(2), all];
+    batches.dedup();
+    let calibration = Calibration {
+        workload,
+        batches,
+        seconds: setting.seconds,
+        name: format!("rank{}", context.rank()),
+        backend: setting.backend.name().to_owned(),
+        memory_bytes: setting
+            .memory_bytes
+            .or_else(|| equal_part().filter(|_| on_cpu)),
+        engine: setting.engine.to_owned(),
+    };
+    let mut step = ModelStep::<B>::new(setting.model, device)?;
+    let fleet = fleet::calibrate::<B>(context, device, &calibration, &mut step)?;
+    Ok(fleet)
 }
 
 /// Hidden units of the experts where all else is measured.

@@ -7,7 +7,8 @@ use hexa_moe::parallel::fleet::{
     FfnShape, Fleet, FleetError, LayerShape, Prediction, Workload, balanced_plan, choose, predict,
 };
 
-pub use measure::{CalibrateRequest, calibrate, calibrate_rank};
+pub use measure::{CalibrateRequest, calibrate};
+pub(crate) use measure::{RankSetting, measure_rank};
 
 use crate::backend::BackendError;
 use crate::info::ModelInfo;

@@ -6,6 +6,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
 
+use hexa_moe::parallel::ParallelPlan;
 use serde::{Deserialize, Serialize};
 
 use self::files::ReadError;
@@ -48,6 +49,10 @@ pub struct RunState {
     pub config: String,
     /// Names of the classes, in label order.
     pub class_names: Vec<String>,
+    /// Who does what, where that was chosen by measurements; what the configuration asks for
+    /// otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plan: Option<ParallelPlan>,
 }
 
 /// A checkpoint on the host.
@@ -126,6 +131,8 @@ fn set_ordinary_permissions(_file: &File) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use hexa_moe::parallel::{LayerPlan, Mode};
+
     use super::super::params::HostTensor;
     use super::super::ranks::{Cut, Cuts};
     use super::*;
@@ -164,6 +171,13 @@ mod tests {
             seed: 7,
             config: "[train]\nlr = 0.001\n".to_owned(),
             class_names: vec!["zero".to_owned(), "eins \u{00e4}".to_owned()],
+            plan: Some(ParallelPlan {
+                layers: vec![LayerPlan {
+                    mode: Mode::ModelCentric,
+                    widths: vec![2, 3],
+                }],
+                batch: vec![5, 2],
+            }),
         };
         Checkpoint {
             state,

@@ -110,6 +110,9 @@ pub enum TrainError {
     /// A Mixture-of-Experts layer's load cannot be read.
     #[error(transparent)]
     Load(#[from] hexa_moe::MoeError),
+    /// The ranks cannot be measured or planned for.
+    #[error(transparent)]
+    Fleet(#[from] crate::fleet::FleetJobError),
     /// The chosen back-end is not available.
     #[error(transparent)]
     Backend(#[from] crate::backend::BackendError),

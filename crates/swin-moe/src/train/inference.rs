@@ -14,7 +14,7 @@ use super::faults::DeviceFaults;
 use super::images::{TestImages, prepare_file};
 use super::optimizer::averages;
 use super::params::{HostTensors, read_params, write_params};
-use super::ranks::{RankJob, Ranks, Seat, Snapshot, launch};
+use super::ranks::{Planned, RankJob, Ranks, Seat, Snapshot, launch};
 use super::request::ParallelOverrides;
 use super::run_dir::RunDir;
 use super::setup::check_classes;
@@ -133,7 +133,7 @@ impl Trained {
         check_classes(&self.checkpoint.state, images.class_names(), &self.path)?;
         let parallel = self.config.parallel.clone();
         let trained = self;
-        launch(backend, &parallel, None, Evaluate { trained, images })
+        launch(backend, &parallel, Evaluate { trained, images })
     }
 
     /// The five likeliest classes of each image file, in order.
@@ -221,7 +221,7 @@ impl RankJob for Evaluate {
         let faults = self.trained.faults.clone();
         let (model, _, config) = self.trained.model_to_run::<B>(device)?;
         let batch_size = config.train.eval_batch_size;
-        let (ranks, model) = Ranks::join(&seat, &config, model)?;
+        let (ranks, model) = Ranks::join(&seat, &config, Planned::default(), model)?;
         let result = evaluate_together(&ranks, &model, &self.images, batch_size, device)?;
         faults.check("while images were evaluated")?;
         Ok(ranks.is_lead().then_some(result))
@@ -425,6 +425,7 @@ pub(super) fn save_new_run<B: ExpertOps>(
             seed: config.train.seed,
             config: config.to_toml(),
             class_names,
+            plan: None,
         },
         model: weights,
         optimizer: Default::default(),

@@ -3,6 +3,7 @@
 //! [`train`] starts a run, [`resume`] continues one; [`Trained`] is what a checkpoint can be used
 //! for. None of them is generic: the back-end is a value, see [`crate::backend`].
 
+mod calibrate;
 pub mod checkpoint;
 pub mod classes;
 mod device;
@@ -25,6 +26,7 @@ mod random;
 mod ranks;
 pub mod report;
 mod request;
+mod reslice;
 pub mod run_dir;
 pub mod schedule;
 mod session;
@@ -36,6 +38,7 @@ mod tensorboard;
 mod throughput;
 mod upcycle;
 
+pub use calibrate::{CalibrateProcessRequest, calibrate_process};
 pub use error::{Result, TrainError};
 pub use evaluate::{Evaluation, evaluate};
 pub use faults::DeviceFaults;

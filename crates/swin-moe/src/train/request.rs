@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use hexa_moe::parallel::ParallelPlan;
+use hexa_moe::parallel::fleet::Fleet;
 
 use super::faults::DeviceFaults;
 use super::interrupt::StopFlag;
@@ -10,7 +10,7 @@ use super::metrics::EvalRecord;
 use super::progress::Verbosity;
 use super::run_dir::RunDir;
 use crate::backend::BackendKind;
-use crate::config::{Config, ConfigError, Engine, Mode};
+use crate::config::{Config, ConfigError, Engine, Mode, Rebalance};
 
 /// A new run.
 #[derive(Debug, Clone)]
@@ -23,8 +23,9 @@ pub struct TrainRequest {
     pub backend: BackendKind,
     /// The run's directory: new, or empty. Of several processes, rank 0's counts.
     pub output: PathBuf,
-    /// Who does what; what `config.parallel` asks for if `None`.
-    pub plan: Option<ParallelPlan>,
+    /// Ranks as they were measured, to choose shares by; without it, `config.parallel` says what
+    /// each rank does, or has the ranks measured.
+    pub fleet: Option<Fleet>,
     /// When to stop early and whom to tell.
     pub control: Control,
 }
@@ -40,8 +41,8 @@ pub struct ResumeRequest {
     pub data: Option<PathBuf>,
     /// Settings of ranks, over those that the run was begun with.
     pub parallel: ParallelOverrides,
-    /// Who does what; what the settings ask for if `None`.
-    pub plan: Option<ParallelPlan>,
+    /// Ranks as they were measured, to choose shares by instead of those that the run had.
+    pub fleet: Option<Fleet>,
     /// When to stop early and whom to tell.
     pub control: Control,
 }
@@ -57,12 +58,17 @@ pub struct ParallelOverrides {
     pub mode: Option<Mode>,
     /// Weights of the ranks' shares; empty for equal ones.
     pub split: Option<Vec<f64>>,
+    /// Whether shares follow the ranks' step times.
+    pub rebalance: Option<Rebalance>,
+    /// Fraction by which the slowest rank may take longer than the fastest before they do.
+    pub rebalance_threshold: Option<f64>,
 }
 
 impl ParallelOverrides {
     /// The settings with these instead.
     ///
-    /// A split for another number of ranks is dropped with that number, unless one is given, too.
+    /// A split for another number of ranks is dropped with that number, and any split with the mode
+    /// that chooses shares itself, unless one is given, too.
     ///
     /// # Errors
     /// [`ConfigError`] if they do not fit together.
@@ -71,6 +77,7 @@ impl ParallelOverrides {
         let parallel = &mut raw.parallel;
         if self.ranks.is_some_and(|ranks| ranks != parallel.ranks)
             || self.engine.is_some_and(|engine| engine != parallel.engine)
+            || self.mode == Some(Mode::Auto)
         {
             parallel.split = Vec::new();
         }
@@ -85,7 +92,19 @@ impl ParallelOverrides {
         if let Some(split) = &self.split {
             parallel.split = split.clone();
         }
+        parallel.rebalance = self.rebalance.unwrap_or(parallel.rebalance);
+        let threshold = self.rebalance_threshold;
+        parallel.rebalance_threshold = threshold.unwrap_or(parallel.rebalance_threshold);
         raw.validate()
+    }
+
+    /// Whether a run with these settings keeps the shares that it had.
+    pub(super) fn keep_shares(&self, config: &Config) -> bool {
+        let engine = config.parallel.engine;
+        self.ranks.is_none()
+            && self.mode.is_none()
+            && self.split.is_none()
+            && self.engine.is_none_or(|given| given == engine)
     }
 }
 

@@ -94,6 +94,11 @@ impl RunDir {
         self.root.join("metrics.jsonl")
     }
 
+    /// What the ranks were measured at, if shares were chosen by it.
+    pub fn fleet(&self) -> PathBuf {
+        self.root.join("fleet.toml")
+    }
+
     /// What a rank other than the lead has to say.
     pub(super) fn rank_log(&self, rank: usize) -> PathBuf {
         self.root.join(format!("rank-{rank}.log"))

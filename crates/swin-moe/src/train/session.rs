@@ -28,7 +28,7 @@ use super::starvation::{self, Starvation};
 use super::step_memory::StepMemory;
 use crate::backend::BackendKind;
 use crate::config::Config;
-use crate::data::Batch;
+use crate::data::{Batch, Loader};
 use crate::model::SwinMoe;
 
 /// A run in progress on one device.
@@ -166,22 +166,20 @@ impl<B: TrainingBackend> Session<'_, B> {
 
     /// The rest of the current epoch. Gives the reason if it was cut short.
     fn train_epoch(&mut self) -> Result<Option<End>> {
-        let train = &self.config.train;
         let log_every = self.log_every();
         let save_every = self.config.checkpoint.every_steps.map(|steps| steps as u64);
-        let mut batches = self.images.train.batches(
-            train.batch_size,
-            train.seed,
-            self.place.epoch,
-            self.place.batch,
-            self.ranks.batch_part(),
-        )?;
+        let mut batches = self.batches()?;
         let mut pace = Pace::new(Duration::ZERO);
         while let Some(batch) = batches.next() {
             let batch = batch?;
             let Some(trace) = self.step(batch)? else {
                 continue;
             };
+            if let Some(reason) = self.ranks.finish_step()? {
+                let step = self.place.step;
+                self.progress.say(&format!("after step {step}: {reason}"));
+                batches = self.batches()?;
+            }
             pace.images += trace.images;
             self.progress.advance(self.place.step);
             if self.place.step.is_multiple_of(log_every) {
@@ -194,6 +192,7 @@ impl<B: TrainingBackend> Session<'_, B> {
             }
             if save_every.is_some_and(|every| self.place.step.is_multiple_of(every)) {
                 self.save(false)?;
+                self.reslice()?;
                 pace = Pace::new(batches.waited());
             }
         }
@@ -202,6 +201,18 @@ impl<B: TrainingBackend> Session<'_, B> {
 
     fn log_every(&self) -> u64 {
         self.config.train.log_every.max(1) as u64
+    }
+
+    /// This rank's part of the epoch's batches that are still to come.
+    fn batches(&self) -> Result<Loader> {
+        let train = &self.config.train;
+        self.images.train.batches(
+            train.batch_size,
+            train.seed,
+            self.place.epoch,
+            self.place.batch,
+            self.ranks.batch_part(),
+        )
     }
 
     fn reason_to_stop(&self) -> Option<End> {
@@ -369,7 +380,8 @@ impl<B: TrainingBackend> Session<'_, B> {
         Ok(sum.into_iter().sum())
     }
 
-    fn write_report(&self) -> Result<()> {
+    fn write_report(&mut self) -> Result<()> {
+        self.facts.comparison = self.ranks.comparison()?;
         if self.ranks.is_lead() {
             report::write(&self.run, &self.facts)?;
         }
@@ -417,6 +429,7 @@ impl<B: TrainingBackend> Session<'_, B> {
             self.place.best_top1 = self.place.last_eval.as_ref().map(|eval| eval.top1);
         }
         self.save(improved)?;
+        self.reslice()?;
         self.write_report()
     }
 
@@ -484,6 +497,7 @@ impl<B: TrainingBackend> Session<'_, B> {
             seed: self.config.train.seed,
             config: self.config.to_toml(),
             class_names: self.images.class_names().to_vec(),
+            plan: self.ranks.chosen_plan(),
         };
         Ok(Snapshot {
             state,

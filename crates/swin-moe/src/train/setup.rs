@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
+use hexa_moe::parallel::fleet::Fleet;
 use hexa_ops::TrainingBackend;
 
 use super::checkpoint::{Checkpoint, RunState};
@@ -18,7 +19,7 @@ use super::params::write_params;
 use super::probe::step_shape;
 use super::progress::Progress;
 use super::random::init_seed;
-use super::ranks::{RankJob, Ranks, Seat, launch};
+use super::ranks::{PlanFor, Planned, RankJob, Ranks, Seat, launch};
 use super::report::Facts;
 use super::request::{Control, Outcome, ResumeRequest, TrainRequest};
 use super::run_dir::RunDir;
@@ -28,6 +29,7 @@ use super::starvation::Starvation;
 use super::step_memory::StepMemory;
 use crate::backend::{BackendKind, check_precision};
 use crate::config::{Config, DataSource, Freeze, TrainConfig};
+use crate::fleet::FleetJobError;
 use crate::memory::{Held, PeakMemory, TrainingMemory, check_fits};
 use crate::model::SwinMoe;
 use crate::settings::model_config;
@@ -39,14 +41,13 @@ use crate::settings::model_config;
 pub fn train(mut request: TrainRequest) -> Result<Outcome> {
     let images = Images::open(&request.config)?;
     let origin = Origin::open(&mut request.config, images.class_names().len())?;
-    let (backend, plan) = (request.backend, request.plan.clone());
     let parallel = request.config.parallel.clone();
     let job = Start {
         request,
         images,
         origin,
     };
-    launch(backend, &parallel, plan, job)
+    launch(job.request.backend, &parallel, job)
 }
 
 /// Continues a run as if it had never stopped.
@@ -64,7 +65,18 @@ pub fn resume(request: ResumeRequest) -> Result<Outcome> {
     if let Some(folder) = request.data {
         config.data.source = DataSource::Folder(folder);
     }
+    let keep_shares = request.parallel.keep_shares(&config);
     let config = request.parallel.apply(&config)?;
+    let planned = match request.fleet {
+        Some(fleet) => Planned::by(Some(fleet)),
+        None => match checkpoint.state.plan.clone().filter(|_| keep_shares) {
+            Some(plan) => Planned {
+                plan: Some(plan),
+                fleet: fleet_of(&run),
+            },
+            None => Planned::default(),
+        },
+    };
     let images = Images::open(&config)?;
     check_classes(&checkpoint.state, images.class_names(), run.root())?;
     let backend = request.backend.unwrap_or(checkpoint.state.backend);
@@ -75,10 +87,23 @@ pub fn resume(request: ResumeRequest) -> Result<Outcome> {
         config,
         images,
         backend,
+        planned,
         control: request.control,
     };
     let parallel = job.config.parallel.clone();
-    launch(backend, &parallel, request.plan, job)
+    launch(backend, &parallel, job)
+}
+
+/// What the ranks of an earlier run were measured at, to compare with; of a file that is damaged,
+/// a line goes to the log.
+fn fleet_of(run: &RunDir) -> Option<Fleet> {
+    let path = run.fleet();
+    if !path.exists() {
+        return None;
+    }
+    Fleet::load(&path)
+        .map_err(|error| log::warn!("predictions are left out of the report: {error}"))
+        .ok()
 }
 
 /// A model must be used with the classes that it learnt.
@@ -108,10 +133,10 @@ fn first_few(names: &[String]) -> String {
 }
 
 #[derive(Clone)]
-struct Start {
-    request: TrainRequest,
-    images: Images,
-    origin: Option<Origin>,
+pub(super) struct Start {
+    pub request: TrainRequest,
+    pub images: Images,
+    pub origin: Option<Origin>,
 }
 
 impl RankJob for Start {
@@ -125,12 +150,20 @@ impl RankJob for Start {
         } = self;
         let config = request.config;
         let classes = images.class_names().len();
+        let plan_for = PlanFor {
+            config: &config,
+            num_classes: classes,
+            backend: request.backend,
+            verbosity: request.control.verbosity,
+        };
+        let planned = seat.plan::<B>(Planned::by(request.fleet), &plan_for, device)?;
+        let fleet = planned.fleet.clone();
         let model = seat.in_turn(|| new_model::<B>(&config, classes, request.backend, device))?;
         let (model, notes) = match &origin {
             Some(origin) => origin.apply(model)?,
             None => (model, Vec::new()),
         };
-        let (ranks, model) = Ranks::join(&seat, &config, model)?;
+        let (ranks, model) = Ranks::join(&seat, &config, planned, model)?;
         let model = frozen(model, config.init.freeze);
         let optimizer = ranks.optimizer(adamw_config(&config.train), &model);
         let output = ranks.agree_on(&request.output)?;
@@ -138,6 +171,7 @@ impl RankJob for Start {
             let run = RunDir::create(&output)?;
             let path = run.config();
             fs::write(&path, config.to_toml()).map_err(TrainError::io("write", path))?;
+            save_fleet(&run, fleet.as_ref())?;
             let metrics = MetricsWriter::create(&run.metrics())?;
             (run, metrics)
         } else {
@@ -179,6 +213,7 @@ struct Continue {
     config: Config,
     images: Images,
     backend: BackendKind,
+    planned: Planned,
     control: Control,
 }
 
@@ -186,29 +221,28 @@ impl RankJob for Continue {
     type Output = Outcome;
 
     fn run<B: TrainingBackend>(self, device: &B::Device, seat: Seat) -> Result<Outcome> {
-        let Checkpoint {
-            state,
-            model: weights,
-            optimizer: moments,
-        } = Arc::unwrap_or_clone(self.checkpoint);
+        let checkpoint = Arc::unwrap_or_clone(self.checkpoint);
+        let state = checkpoint.state.clone();
         let path = self.path;
-        let unfit = |reason: String| TrainError::Checkpoint {
-            path: path.clone(),
-            reason,
-            remedy: "it belongs to another model or version; start a new run",
+        let plan_for = PlanFor {
+            config: &self.config,
+            num_classes: state.class_names.len(),
+            backend: self.backend,
+            verbosity: self.control.verbosity,
         };
-        let classes = state.class_names.len();
-        let model = new_model::<B>(&self.config, classes, self.backend, device)?;
-        let model = write_params(model, weights).map_err(unfit)?;
-        let (ranks, model) = Ranks::join(&seat, &self.config, model)?;
-        let model = frozen(model, self.config.init.freeze);
-        let mut optimizer = ranks.optimizer(adamw_config(&self.config.train), &model);
-        // Imported weights come without moments: the run then starts with them.
-        if state.step > 0 || !moments.is_empty() {
-            let moments = ranks.own_state(moments);
-            optimizer.load_state(moments).map_err(unfit)?;
-        }
+        let planned = seat.plan::<B>(self.planned, &plan_for, device)?;
+        let fleet = planned.fleet.clone();
+        let (model, optimizer, ranks) = restore::<B>(
+            checkpoint,
+            &path,
+            &self.config,
+            self.backend,
+            &seat,
+            planned,
+            device,
+        )?;
         let metrics = if ranks.is_lead() {
+            save_fleet(&self.run, fleet.as_ref())?;
             self.run.set_newer_aside(&path)?;
             MetricsWriter::resume(&self.run.metrics(), state.metrics_bytes, state.step)?
         } else {
@@ -245,6 +279,47 @@ impl RankJob for Continue {
             notes: Vec::new(),
         };
         parts.session(model, optimizer, place, device)?.run()
+    }
+}
+
+/// A checkpoint's model and optimizer, or of both this rank's part.
+pub(super) fn restore<B: TrainingBackend>(
+    checkpoint: Checkpoint,
+    path: &Path,
+    config: &Config,
+    backend: BackendKind,
+    seat: &Seat,
+    planned: Planned,
+    device: &B::Device,
+) -> Result<(SwinMoe<B>, AdamW<B>, Ranks)> {
+    let Checkpoint {
+        state,
+        model: weights,
+        optimizer: moments,
+    } = checkpoint;
+    let unfit = |reason: String| TrainError::Checkpoint {
+        path: path.to_path_buf(),
+        reason,
+        remedy: "it belongs to another model or version; start a new run",
+    };
+    let model = new_model::<B>(config, state.class_names.len(), backend, device)?;
+    let model = write_params(model, weights).map_err(unfit)?;
+    let (ranks, model) = Ranks::join(seat, config, planned, model)?;
+    let model = frozen(model, config.init.freeze);
+    let mut optimizer = ranks.optimizer(adamw_config(&config.train), &model);
+    // Imported weights come without moments: the run then starts with them.
+    if state.step > 0 || !moments.is_empty() {
+        let moments = ranks.own_state(moments);
+        optimizer.load_state(moments).map_err(unfit)?;
+    }
+    Ok((model, optimizer, ranks))
+}
+
+/// Remembers with the run what its ranks were measured at.
+fn save_fleet(run: &RunDir, fleet: Option<&Fleet>) -> Result<()> {
+    match fleet {
+        Some(fleet) => Ok(fleet.save(&run.fleet()).map_err(FleetJobError::from)?),
+        None => Ok(()),
     }
 }
 
@@ -378,6 +453,7 @@ fn facts(parts: &Parts, schedule: &Schedule) -> Facts {
     let mut facts = Facts {
         name: parts.name.clone(),
         predicted_bytes: None,
+        comparison: None,
         lines: vec![
             line("back-end", parts.backend.to_string()),
             line("arithmetic", config.train.precision.name().to_owned()),

@@ -71,6 +71,21 @@ pub fn cases(scratch: &Path) -> Vec<Case> {
             "calibrate --ranks 1 --memory-gib=-2",
             "--memory-gib is -2",
         ),
+        (
+            "a process with several back-ends",
+            "calibrate --engine mpi --backend cpu,cpu",
+            "--backend names 2 back-ends, allowed is one with --engine mpi",
+        ),
+        (
+            "a run on a fleet that is not there",
+            "train --output run-fleet --fleet /nowhere/fleet.toml",
+            "write one with `swin-moe calibrate`",
+        ),
+        (
+            "a fleet and a split",
+            "train --fleet F --split 1,2",
+            "cannot be used with",
+        ),
         ("a plan without a fleet", "plan", "--fleet"),
         (
             "a fleet that is not there",

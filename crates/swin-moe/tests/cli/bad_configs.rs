@@ -7,7 +7,7 @@ use crate::bad_input::Case;
 use crate::harness::words;
 
 /// What `--set` is given, and what the answer must say.
-const SETTINGS: [(&str, &str); 79] = [
+const SETTINGS: [(&str, &str); 80] = [
     ("train.lr", "it has no `=`"),
     ("=1", "the key has no section"),
     ("lr=1", "the key has no section"),
@@ -96,6 +96,10 @@ const SETTINGS: [(&str, &str); 79] = [
     ("moe.gate_noise=0", "moe.gate_noise"),
     ("augment.std=[0]", "augment.std"),
     ("parallel.ranks=0", "parallel.ranks"),
+    (
+        "parallel.rebalance_threshold=nan",
+        "parallel.rebalance_threshold is NaN",
+    ),
 ];
 
 /// Several settings that are valid alone.

@@ -373,7 +373,7 @@ fn a_measured_fleet_is_planned_for() {
     train.extend(sets(&settings));
     let said = succeed(&train);
     assert!(
-        said.stderr.contains("planned: samples ["),
+        said.stderr.contains("of 8 images of a batch") && said.stderr.contains("; predicted "),
         "{}",
         said.stderr
     );

@@ -11,6 +11,7 @@ mod checkpoints;
 mod commands;
 mod files;
 mod finetune;
+mod fleets;
 mod harness;
 #[cfg(unix)]
 mod kills;

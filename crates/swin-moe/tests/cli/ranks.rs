@@ -208,6 +208,15 @@ fn jobs_that_cannot_be_are_refused() {
         ("train --ranks 2 --split 1,nan", "parallel.split[1] is NaN"),
         ("train --ranks 2 --mode tokens", "data, model"),
         ("train --engine threads", "local, mpi"),
+        (
+            "train --ranks 2 --mode auto --split 1,2",
+            "leave the split out, or choose the mode data or model",
+        ),
+        ("train --ranks 2 --rebalance always", "off, auto"),
+        (
+            "train --ranks 2 --rebalance auto --rebalance-threshold=-0.1",
+            "parallel.rebalance_threshold is -0.1",
+        ),
     ] {
         let said = crate::harness::run(&words(line));
         assert!(said.stderr.contains(reason), "{line}: {}", said.stderr);

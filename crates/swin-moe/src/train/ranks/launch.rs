@@ -3,12 +3,15 @@
 use std::panic::resume_unwind;
 
 use hexa_moe::MoeError;
+use hexa_moe::parallel::ParallelContext;
 use hexa_moe::parallel::comm::{CommError, local};
-use hexa_moe::parallel::{ParallelContext, ParallelPlan};
+use hexa_moe::parallel::comm::{Communicator, Meter, Metered};
+use hexa_moe::parallel::fleet::FleetError;
 use hexa_ops::TrainingBackend;
 
 use crate::backend::{BackendKind, Job, devices, dispatch};
 use crate::config::{Engine, ParallelConfig};
+use crate::fleet::FleetJobError;
 use crate::train::error::{Result, TrainError};
 
 /// Deep graphs are walked recursively.
@@ -24,13 +27,38 @@ pub(in crate::train) trait RankJob: Clone + Send {
 }
 
 /// A rank's place in a job, before it has a model; none for a run alone.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(in crate::train) struct Seat {
-    pub(super) context: Option<ParallelContext>,
-    pub(super) plan: Option<ParallelPlan>,
+    pub(in crate::train) context: Option<ParallelContext>,
+    /// Ranks on this machine.
+    pub(in crate::train) ranks_here: usize,
+    /// What the context's exchanges cost.
+    pub(super) meter: Meter,
+    /// What a test says that this rank computes in a step, in seconds, instead of what it does.
+    #[cfg(test)]
+    pub(super) fake_busy_s: Option<fn(rank: usize, images: usize) -> f64>,
 }
 
 impl Seat {
+    fn new(comm: impl Communicator + 'static, ranks_here: usize) -> Self {
+        let (comm, meter) = Metered::new(comm);
+        Seat {
+            context: Some(ParallelContext::new(comm)),
+            ranks_here,
+            meter,
+            #[cfg(test)]
+            fake_busy_s: None,
+        }
+    }
+
+    /// This rank and the number of ranks.
+    pub(in crate::train) fn place(&self) -> (usize, usize) {
+        match &self.context {
+            Some(context) => (context.rank(), context.world_size()),
+            None => (0, 1),
+        }
+    }
+
     /// Rank 0 first, then the others: threads share the generator that initial weights are drawn
     /// from, and rank 0's are those that count.
     pub(in crate::train) fn in_turn<T>(&self, draw: impl FnOnce() -> Result<T>) -> Result<T> {
@@ -56,7 +84,6 @@ impl Seat {
 pub(in crate::train) fn launch<J: RankJob>(
     backend: BackendKind,
     settings: &ParallelConfig,
-    plan: Option<ParallelPlan>,
     job: J,
 ) -> Result<J::Output> {
     match settings.engine {
@@ -66,12 +93,11 @@ pub(in crate::train) fn launch<J: RankJob>(
             let threads = Threads {
                 backend,
                 ranks,
-                plan,
                 job,
             };
             dispatch(backend, threads)?
         }
-        Engine::Mpi => mpi::launch(backend, settings, plan, job),
+        Engine::Mpi => mpi::launch(backend, settings, job),
     }
 }
 
@@ -88,7 +114,6 @@ impl<J: RankJob> Job for Alone<J> {
 struct Threads<J> {
     backend: BackendKind,
     ranks: usize,
-    plan: Option<ParallelPlan>,
     job: J,
 }
 
@@ -111,15 +136,12 @@ impl<J: RankJob> Job for Threads<J> {
             let mut threads = Vec::with_capacity(self.ranks);
             for (rank, comm) in local::world(self.ranks).into_iter().enumerate() {
                 let device = devices.get(rank).unwrap_or(device).clone();
-                let (job, plan) = (self.job.clone(), self.plan.clone());
+                let (job, ranks) = (self.job.clone(), self.ranks);
                 let thread = std::thread::Builder::new()
                     .name(format!("rank-{rank}"))
                     .stack_size(STACK_BYTES)
                     .spawn_scoped(scope, move || {
-                        let seat = Seat {
-                            context: Some(ParallelContext::new(comm)),
-                            plan,
-                        };
+                        let seat = Seat::new(comm, ranks);
                         job.run::<B>(&device, seat)
                     });
                 threads.push(thread.map_err(|error| {
@@ -176,6 +198,12 @@ fn is_rank_lost(error: &TrainError) -> bool {
         {
             return true;
         }
+        if let Some(TrainError::Fleet(FleetJobError::Fleet(FleetError::Moe(MoeError::Comm(
+            CommError::RankLost { .. },
+        ))))) = error.downcast_ref()
+        {
+            return true;
+        }
         source = error.source();
     }
     false
@@ -188,7 +216,6 @@ mod mpi {
     pub(super) fn launch<J: RankJob>(
         _: BackendKind,
         _: &ParallelConfig,
-        _: Option<ParallelPlan>,
         _: J,
     ) -> Result<J::Output> {
         Err(TrainError::Request(
@@ -203,7 +230,6 @@ mod mpi {
 mod mpi {
     use std::sync::Arc;
 
-    use hexa_moe::parallel::Communicator;
     use hexa_moe::parallel::comm::mpi::{DEFAULT_TIMEOUT, MpiCommunicator};
     use hexa_moe::parallel::comm::{Collective, CommResult, Pending};
 
@@ -241,7 +267,6 @@ mod mpi {
     pub(super) fn launch<J: RankJob>(
         backend: BackendKind,
         settings: &ParallelConfig,
-        plan: Option<ParallelPlan>,
         job: J,
     ) -> Result<J::Output> {
         let comm = joined().map_err(|error| TrainError::from(MoeError::from(error)))?;
@@ -253,9 +278,15 @@ mod mpi {
                 settings.ranks
             )))
         } else {
-            let context = (world_size > 1).then(|| ParallelContext::new(Line(comm.clone())));
-            let seat = Seat { context, plan };
-            let local = local_rank().unwrap_or(rank);
+            let seat = match world_size {
+                1 => Seat::default(),
+                _ => {
+                    let here = number_of("OMPI_COMM_WORLD_LOCAL_SIZE").unwrap_or(world_size);
+                    Seat::new(Line(comm.clone()), here)
+                }
+            };
+            // This process' number among those of its machine.
+            let local = number_of("OMPI_COMM_WORLD_LOCAL_RANK").unwrap_or(rank);
             dispatch(
                 backend,
                 Process {
@@ -277,10 +308,9 @@ mod mpi {
         MpiCommunicator::init(DEFAULT_TIMEOUT).map(Arc::new)
     }
 
-    /// This process' number among those of its machine, as OpenMPI tells it.
-    fn local_rank() -> Option<usize> {
-        let text = std::env::var("OMPI_COMM_WORLD_LOCAL_RANK").ok()?;
-        text.parse().ok()
+    /// What OpenMPI tells its processes in an environment variable.
+    fn number_of(variable: &str) -> Option<usize> {
+        std::env::var(variable).ok()?.parse().ok()
     }
 
     struct Process<J> {

@@ -7,27 +7,38 @@
 mod exchange;
 mod launch;
 mod plan;
+mod planning;
+mod rebalance;
 mod save;
 mod slices;
+mod watch;
 
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
 
 use hexa_moe::parallel::comm::{Collective, Payload};
+use hexa_moe::parallel::fleet::predict;
 use hexa_moe::parallel::{
     BatchShare, ParallelContext, ParallelPlan, broadcast_parameters, parallelize,
 };
 use hexa_ops::{ExpertOps, TrainingBackend};
 
+use self::planning::Measured;
+use self::rebalance::Rebalance;
+use self::watch::Watch;
 use super::error::{Result, TrainError};
 use super::optimizer::{AdamW, AdamWConfig};
 use super::params::HostTensors;
-use crate::config::Config;
+use super::report::{Compared, ComparedRank, Comparison};
+use crate::config::{self, Config};
 use crate::data::{Batch, BatchPart};
+use crate::fleet::workload;
+use crate::info::ModelInfo;
 use crate::model::SwinMoe;
 
 pub(super) use exchange::Reduced;
 pub(super) use launch::{RankJob, Seat, launch};
+pub(super) use planning::{PlanFor, Planned};
 pub(super) use save::Snapshot;
 pub(super) use slices::{Cut, Cuts};
 
@@ -37,9 +48,15 @@ pub(super) struct Ranks(Option<Member>);
 
 #[derive(Debug)]
 struct Member {
+    seat: Seat,
     context: ParallelContext,
     plan: ParallelPlan,
+    /// Whether the plan is another one than settings say.
+    is_chosen: bool,
     cuts: Cuts,
+    watch: Watch,
+    measured: Option<Measured>,
+    rebalance: Option<Rebalance>,
     /// Whether steps have several parts, whose sizes ranks tell each other.
     parts_differ: bool,
     /// Whether any rank was asked to stop before the latest step.
@@ -57,6 +74,7 @@ impl Ranks {
     pub(super) fn join<B: ExpertOps>(
         seat: &Seat,
         config: &Config,
+        planned: Planned,
         model: SwinMoe<B>,
     ) -> Result<(Self, SwinMoe<B>)> {
         let Some(context) = &seat.context else {
@@ -74,11 +92,24 @@ impl Ranks {
             .moe_layers()
             .map(|moe| moe.experts.w2.dims()[1])
             .collect();
-        let plan = match &seat.plan {
-            Some(plan) => plan.clone(),
+        let is_chosen = planned.plan.is_some();
+        let plan = match planned.plan {
+            Some(plan) => plan,
             None => plan::from_settings(settings, context.world_size(), &d_ff, batch_size)?,
         };
         plan.validate(context.world_size(), &d_ff, batch_size)?;
+        let workload = workload(model.config(), batch_size)?;
+        let rebalance = match settings.rebalance {
+            config::Rebalance::Off => None,
+            config::Rebalance::Auto => {
+                let flops = ModelInfo::new(model.config(), 1)?.forward_flops();
+                let threshold = settings.rebalance_threshold;
+                Some(Rebalance::new(threshold, &workload, flops, &plan)?)
+            }
+        };
+        let measured = planned
+            .fleet
+            .and_then(|fleet| Measured::new(fleet, workload, &plan));
         let model = broadcast_parameters::<B, _>(context, model)?;
         let cuts = Cuts::of(&model, &plan);
         let model = model.map_moe(|number, moe| {
@@ -86,9 +117,14 @@ impl Ranks {
             parallelize(moe, context, number, layer.mode, layer.widths.clone())
         })?;
         let member = Member {
+            seat: seat.clone(),
             context: context.clone(),
             plan,
+            is_chosen,
             cuts,
+            watch: Watch::new(seat),
+            measured,
+            rebalance,
             parts_differ: config.train.accumulation_steps > 1,
             stop: Cell::new(false),
         };
@@ -110,7 +146,12 @@ impl Ranks {
 
     /// This rank and its shares, in words; none for a run alone.
     pub(super) fn describe(&self) -> Option<String> {
-        let Member { context, plan, .. } = self.0.as_ref()?;
+        let Member {
+            context,
+            plan,
+            measured,
+            ..
+        } = self.0.as_ref()?;
         let rank = context.rank();
         let widths: Vec<String> = plan
             .layers
@@ -120,13 +161,17 @@ impl Ranks {
                 format!("{} of {d_ff} ({:?})", layer.widths[rank], layer.mode)
             })
             .collect();
-        Some(format!(
+        let mut text = format!(
             "rank {rank} of {}: {} of {} images of a batch; hidden units by layer: {}",
             context.world_size(),
             plan.batch[rank],
             plan.batch.iter().sum::<usize>(),
             widths.join(", ")
-        ))
+        );
+        if let Some(step_s) = measured.as_ref().and_then(|m| m.step_s(plan)) {
+            text += &format!("; predicted {:.2} ms/step", 1e3 * step_s);
+        }
+        Some(text)
     }
 
     /// Which part of each batch is this rank's.
@@ -164,13 +209,14 @@ impl Ranks {
 
     /// Begins a step together: this rank's share of its images, and whether all are to stop
     /// behind it.
-    pub(super) fn begin_step(&self, local: usize, stop: bool) -> Result<BatchShare> {
-        let Some(member) = &self.0 else {
+    pub(super) fn begin_step(&mut self, local: usize, stop: bool) -> Result<BatchShare> {
+        let Some(member) = &mut self.0 else {
             return Ok(BatchShare {
                 local,
                 global: local,
             });
         };
+        member.watch.begin();
         let own = vec![u32::try_from(local).unwrap_or(u32::MAX), u32::from(stop)];
         let comm = member.context.comm();
         let all = comm
@@ -183,6 +229,86 @@ impl Ranks {
             local,
             global: all.chunks_exact(2).map(|rank| rank[0] as usize).sum(),
         })
+    }
+
+    /// Ends a step together. If batches are split anew from now on, gives what to say about it.
+    pub(super) fn finish_step(&mut self) -> Result<Option<String>> {
+        let Some(member) = &mut self.0 else {
+            return Ok(None);
+        };
+        let rank = member.context.rank();
+        let busy_s = member.watch.end(rank, member.plan.batch[rank]);
+        let Some(rebalance) = &mut member.rebalance else {
+            return Ok(None);
+        };
+        let resplit = rebalance.observe(member.context.comm(), busy_s, &member.plan)?;
+        Ok(resplit.map(|resplit| {
+            member.plan.batch = resplit.batch;
+            member.is_chosen = true;
+            member.watch.forget();
+            resplit.reason
+        }))
+    }
+
+    /// The plan of slices that were decided upon since the last checkpoint, and the seat to take
+    /// with it.
+    pub(super) fn pending(&self) -> Option<(Seat, Planned)> {
+        let member = self.0.as_ref()?;
+        let plan = member.rebalance.as_ref()?.pending()?;
+        let planned = Planned {
+            plan: Some(plan.clone()),
+            fleet: member.measured.as_ref().map(|m| m.fleet.clone()),
+        };
+        Some((member.seat.clone(), planned))
+    }
+
+    /// The plan to go on with, if it is another one than settings say.
+    pub(super) fn chosen_plan(&self) -> Option<ParallelPlan> {
+        let member = self.0.as_ref().filter(|member| member.is_chosen)?;
+        let pending = member.rebalance.as_ref().and_then(Rebalance::pending);
+        Some(pending.unwrap_or(&member.plan).clone())
+    }
+
+    /// What the plan was predicted to take beside what its steps took, on all ranks; none without
+    /// a measured fleet. All ranks call it together.
+    pub(super) fn comparison(&self) -> Result<Option<Comparison>> {
+        let Some(member) = &self.0 else {
+            return Ok(None);
+        };
+        let Some(Measured { fleet, workload }) = &member.measured else {
+            return Ok(None);
+        };
+        let (steps, own) = member.watch.medians();
+        let own = vec![own.step_s as f32, own.busy_s as f32, own.layer_bytes as f32];
+        let counts = vec![own.len(); fleet.world_size()];
+        let comm = member.context.comm();
+        let all = comm.all_gather_v("measured steps", own, &counts);
+        let all = all.map_err(hexa_moe::MoeError::from)?;
+        let column = |at: usize| all.chunks_exact(3).map(move |rank| f64::from(rank[at]));
+        let prediction =
+            predict(fleet, workload, &member.plan).map_err(crate::fleet::FleetJobError::from)?;
+        // All ranks have done the same steps.
+        let compared = |predicted: f64, measured: f64| Compared {
+            predicted,
+            measured: (steps > 0).then_some(measured),
+        };
+        let predicted_bytes: u64 = prediction.layers.iter().map(|l| l.bytes_moved).sum();
+        let ranks = fleet.ranks.iter().zip(&member.plan.batch);
+        let busy = prediction.ranks.iter().zip(column(1));
+        let ranks = ranks
+            .zip(busy)
+            .map(|((profile, &images), (rank, busy_s))| ComparedRank {
+                name: profile.name.clone(),
+                backend: profile.backend.clone(),
+                images,
+                busy_s: compared(rank.busy_s, busy_s),
+            });
+        Ok(Some(Comparison {
+            steps,
+            step_s: compared(prediction.step_s, column(0).fold(0.0, f64::max)),
+            layer_bytes: compared(predicted_bytes as f64, column(2).sum()),
+            ranks: ranks.collect(),
+        }))
     }
 
     /// The parts of a step's batch, as many on all ranks; parts may be empty on some.

@@ -27,6 +27,13 @@ pub(super) fn from_settings(
     let mode = match settings.mode {
         config::Mode::Data => Mode::DataCentric,
         config::Mode::Model => Mode::ModelCentric,
+        config::Mode::Auto => {
+            return Err(TrainError::Request(
+                "the mode auto chooses by what training steps take, which is not known here; \
+                 choose --mode data or model"
+                    .to_owned(),
+            ));
+        }
     };
     let layers = d_ff
         .iter()
@@ -49,7 +56,7 @@ pub(super) fn from_settings(
 }
 
 /// Widths that kernels like, as far as eight of them for each rank leave a split its proportions.
-fn width_multiple(d_ff: usize, world_size: usize) -> usize {
+pub(super) fn width_multiple(d_ff: usize, world_size: usize) -> usize {
     [64, 16, 8]
         .into_iter()
         .find(|multiple| d_ff >= multiple * 8 * world_size)

@@ -1,9 +1,11 @@
 //! `report.html`: a run in one self-contained page.
 
+mod comparison;
 mod svg;
 
 use std::fmt::Write;
 
+pub use self::comparison::{Compared, ComparedRank, Comparison};
 use self::svg::{Series, escape, line_chart, number, palette, stacked_chart};
 use super::checkpoint::write_atomically;
 use super::error::Result;
@@ -25,6 +27,8 @@ pub struct Facts {
     pub lines: Vec<(String, String)>,
     /// Predicted peak of the memory that tensors take, where there is a prediction.
     pub predicted_bytes: Option<u64>,
+    /// What was predicted, of a run on a measured fleet.
+    pub comparison: Option<Comparison>,
 }
 
 /// Writes the page from the run's metrics, replacing an earlier one as a whole.
@@ -80,6 +84,7 @@ pub fn render(facts: &Facts, records: &[Record]) -> String {
     html.push_str("</section>");
     html.push_str(&expert_section(&steps, &evals));
     html.push_str(&class_table(&evals));
+    html.push_str(&comparison::table(facts.comparison.as_ref()));
     html.push_str("<h2>Run</h2><table class=\"facts\">");
     let memory = memory_lines(facts, &steps);
     for (label, value) in facts.lines.iter().chain(&memory) {
@@ -407,6 +412,7 @@ mod tests {
             name: "digits <1>".to_owned(),
             lines: vec![("back-end".to_owned(), "cpu".to_owned())],
             predicted_bytes: Some(3 << 29),
+            comparison: None,
         };
         let page = render(&facts, &records());
         for part in [

@@ -71,6 +71,21 @@ pub struct Routing<B: Backend> {
     pub gating: Gating<B>,
 }
 
+impl<B: Backend> Routing<B> {
+    /// The same values, without a gradient.
+    pub fn detach(self) -> Self {
+        Self {
+            logits: self.logits.detach(),
+            noisy_logits: self.noisy_logits.detach(),
+            gating: Gating {
+                probs: self.gating.probs.detach(),
+                weights: self.gating.weights.detach(),
+                expert_ids: self.gating.expert_ids,
+            },
+        }
+    }
+}
+
 impl<B: ExpertOps> Router<B> {
     /// Routes tokens.
     ///

@@ -12,7 +12,7 @@ use super::error::{Result, TrainError};
 use super::evaluate::evaluate_together;
 use super::images::Images;
 use super::loss::cross_entropy;
-use super::metrics::{EvalRecord, LayerLoad, MetricsWriter, Record, StepRecord, WORST_CLASSES};
+use super::metrics::{EvalRecord, MetricsWriter, Record, StepRecord, WORST_CLASSES};
 use super::optimizer::{AdamW, FlatGradients};
 use super::params::read_params;
 use super::progress::Progress;
@@ -22,6 +22,7 @@ use super::report;
 use super::request::{Control, End, Outcome};
 use super::run_dir::RunDir;
 use super::schedule::Schedule;
+use super::tally::read_loads;
 use crate::backend::BackendKind;
 use crate::config::Config;
 use crate::data::Batch;
@@ -66,6 +67,7 @@ struct StepTrace<B: TrainingBackend> {
     ce_loss: Tensor<B::InnerBackend, 1>,
     aux_loss: Tensor<B::InnerBackend, 1>,
     grad_norm: Tensor<B::InnerBackend, 1>,
+    /// Of each part of the step, its layers'.
     loads: Vec<hexa_moe::LoadStats<B>>,
     lr: f64,
 }
@@ -75,7 +77,7 @@ struct PartSums<B: TrainingBackend> {
     ce_loss: Tensor<B::InnerBackend, 1>,
     aux_loss: Tensor<B::InnerBackend, 1>,
     gradients: FlatGradients<B::InnerBackend>,
-    /// Those of the last part.
+    /// Of each part, its layers'.
     loads: Vec<hexa_moe::LoadStats<B>>,
 }
 
@@ -85,7 +87,7 @@ impl<B: TrainingBackend> PartSums<B> {
             ce_loss: self.ce_loss + other.ce_loss,
             aux_loss: self.aux_loss + other.aux_loss,
             gradients: self.gradients.plus(other.gradients),
-            loads: other.loads,
+            loads: [self.loads, other.loads].concat(),
         }
     }
 }
@@ -297,11 +299,7 @@ impl<B: TrainingBackend> Session<'_, B> {
             lr: trace.lr,
             grad_norm: scalar(trace.grad_norm)?,
             images_per_s: pace.images_per_s(),
-            layers: trace
-                .loads
-                .iter()
-                .map(|load| Ok(LayerLoad::from(load.read()?)))
-                .collect::<Result<_>>()?,
+            layers: read_loads(&trace.loads, self.model.moe_layers().count())?,
         };
         self.check_device()?;
         self.progress.step(&record);

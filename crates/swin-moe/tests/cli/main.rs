@@ -10,6 +10,7 @@ mod checkpoints;
 mod commands;
 mod files;
 mod harness;
+mod inspect;
 #[cfg(unix)]
 mod kills;
 mod loader;

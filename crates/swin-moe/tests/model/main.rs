@@ -1,6 +1,8 @@
 //! The model's parts against loops, and its behaviour as a module, on the back-end that
 //! `HEXA_TEST_BACKEND` names.
 
+mod experts;
+
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::module::AutodiffModule;

@@ -181,7 +181,7 @@ pub fn z_loss<B: Backend>(logits: Tensor<B, 2>) -> Tensor<B, 1> {
 }
 
 /// `(log Σ_e exp(logits_te))²`: `[tokens, 1]`.
-fn squared_log_sum_exp<B: Backend>(logits: Tensor<B, 2>) -> Tensor<B, 2> {
+pub(crate) fn squared_log_sum_exp<B: Backend>(logits: Tensor<B, 2>) -> Tensor<B, 2> {
     // Detached, since the result does not depend on it.
     let max = logits.clone().max_dim(1).detach();
     let log_sum_exp = (logits - max.clone()).exp().sum_dim(1).log() + max;

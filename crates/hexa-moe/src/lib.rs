@@ -42,7 +42,7 @@
 //! | [`moe`] | the layer, top to bottom: the specification |
 //! | [`parallel`] | the layer over several ranks: communicators, modes, slices, the shared cache |
 //! | [`upcycle`] | experts that start as copies of a trained dense feed-forward |
-//! | [`load`] | tokens per expert, entropies, tile waste, read when you ask |
+//! | [`load`] | tokens per expert, the router's means, tile waste, read when you ask |
 //!
 //! # Back-ends
 //!
@@ -72,7 +72,7 @@ pub mod upcycle;
 pub use config::{BalanceConfig, MoeConfig, RouterConfig};
 pub use error::{MoeError, Result};
 pub use experts::Experts;
-pub use load::{LoadReport, LoadStats};
+pub use load::{GlobalLoad, LoadReport, LoadStats, RouterMeans};
 pub use moe::{Moe, MoeOutput};
 pub use router::{CosineScorer, Router, Routing, Scorer};
 pub use upcycle::{DenseFfn, ExpertNoise};

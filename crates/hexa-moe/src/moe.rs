@@ -11,7 +11,7 @@ use crate::error::{MoeError, Result};
 use crate::experts::Experts;
 use crate::load::LoadStats;
 use crate::parallel::{self, ExpertParallel};
-use crate::router::Router;
+use crate::router::{Router, Routing};
 
 /// A Mixture-of-Experts feed-forward layer:
 ///
@@ -136,7 +136,7 @@ impl<B: ExpertOps> Moe<B> {
         Ok(MoeOutput {
             output: output.cast(dtype).reshape(shape),
             aux_loss: self.balance.loss(&routing, self.router.gate_noise),
-            load: self.load(index.counts(), routing.gating.probs),
+            load: self.load(index.counts(), Some(routing)),
         })
     }
 
@@ -160,19 +160,20 @@ impl<B: ExpertOps> Moe<B> {
         MoeOutput {
             output: x,
             aux_loss: no_loss(&device),
-            load: self.load(
-                Tensor::zeros([num_experts], &device),
-                Tensor::empty([0, num_experts], &device),
-            ),
+            load: self.load(Tensor::zeros([num_experts], &device), None),
         }
     }
 
-    fn load(&self, tokens_per_expert: Tensor<B, 1, Int>, probs: Tensor<B, 2>) -> LoadStats<B> {
+    fn load(
+        &self,
+        tokens_per_expert: Tensor<B, 1, Int>,
+        routing: Option<Routing<B>>,
+    ) -> LoadStats<B> {
         LoadStats {
-            tile_rows: hexa_ops::tile_rows::<B>(&probs.device()),
+            tile_rows: hexa_ops::tile_rows::<B>(&tokens_per_expert.device()),
             tokens_per_expert,
-            probs: probs.detach(),
-            router_entropy: None,
+            routing: routing.map(Routing::detach),
+            global: None,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use burn::module::{Initializer, Module, Param};
 use burn::nn::{Linear, LinearConfig};
-use burn::tensor::backend::Backend;
+use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::{Distribution, FloatDType, Tensor};
 use hexa_ops::{ExpertOps, Gating, MatmulPrecision};
 
@@ -69,6 +69,36 @@ pub struct Routing<B: Backend> {
     pub noisy_logits: Tensor<B, 2>,
     /// Softmax of `noisy_logits`, and the `top_k` largest of it.
     pub gating: Gating<B>,
+}
+
+impl<B: AutodiffBackend> Routing<B> {
+    /// What was decided without a graph.
+    pub(crate) fn from_inner(inner: Routing<B::InnerBackend>) -> Self {
+        Self {
+            logits: Tensor::from_inner(inner.logits),
+            noisy_logits: Tensor::from_inner(inner.noisy_logits),
+            gating: Gating {
+                probs: Tensor::from_inner(inner.gating.probs),
+                weights: Tensor::from_inner(inner.gating.weights),
+                expert_ids: Tensor::from_inner(inner.gating.expert_ids),
+            },
+        }
+    }
+}
+
+impl<B: Backend> Routing<B> {
+    /// The same values, without a gradient.
+    pub fn detach(self) -> Self {
+        Self {
+            logits: self.logits.detach(),
+            noisy_logits: self.noisy_logits.detach(),
+            gating: Gating {
+                probs: self.gating.probs.detach(),
+                weights: self.gating.weights.detach(),
+                expert_ids: self.gating.expert_ids,
+            },
+        }
+    }
 }
 
 impl<B: ExpertOps> Router<B> {

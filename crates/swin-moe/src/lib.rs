@@ -6,6 +6,7 @@ pub mod config;
 pub mod data;
 pub mod fleet;
 pub mod info;
+pub mod inspect;
 pub mod memory;
 pub mod model;
 pub mod parity;

@@ -7,9 +7,10 @@ use hexa_ops::{ExpertOps, OpsError};
 use super::context::{ExpertParallel, Mode};
 use super::executor::ParallelFfn;
 use super::host;
+use super::waste::{RankTiles, tile_waste};
 use crate::balance::no_loss;
 use crate::error::{MoeError, Result};
-use crate::load::LoadStats;
+use crate::load::{GlobalLoad, LoadStats, RouterMeans, router_sums};
 use crate::moe::{Moe, MoeOutput};
 use crate::router::Routing;
 
@@ -27,8 +28,8 @@ pub(crate) fn forward<B: ExpertOps>(
     } else {
         None
     };
-    let counts = exchange_counts(moe, parallel, tokens, routing.as_ref())?;
-    let (aux_loss, router_entropy) = exchange_statistics(moe, parallel, &counts, &routing, &x)?;
+    let counts = exchange_counts(moe, parallel, &x, routing.as_ref())?;
+    let (aux_loss, router) = exchange_statistics(moe, parallel, &counts, &routing, &x)?;
 
     let computed = x
         .clone()
@@ -54,12 +55,12 @@ pub(crate) fn forward<B: ExpertOps>(
                 TensorData::new(tokens_per_expert, [num_experts]),
                 &device,
             ),
-            probs: match routing {
-                Some(routing) => routing.gating.probs.detach(),
-                None => Tensor::empty([0, num_experts], &device),
-            },
+            routing: routing.map(Routing::detach),
             tile_rows: hexa_ops::tile_rows::<B>(&device),
-            router_entropy: Some(router_entropy),
+            global: Some(GlobalLoad {
+                router,
+                tile_waste: counts.tile_waste,
+            }),
         },
     })
 }
@@ -95,29 +96,38 @@ fn read_param<B: ExpertOps, const D: usize>(
 struct Counts {
     tokens_per_rank: Vec<usize>,
     tokens_per_expert: Vec<i32>,
+    tile_waste: f64,
 }
 
 fn exchange_counts<B: ExpertOps>(
     moe: &Moe<B>,
     parallel: &ExpertParallel,
-    tokens: usize,
+    x: &Tensor<B, 2>,
     routing: Option<&Routing<B>>,
 ) -> Result<Counts> {
     let num_experts = moe.router.num_experts;
-    let mut own = vec![0u32; 1 + num_experts];
-    own[0] = u32::try_from(tokens).unwrap_or(u32::MAX);
+    // This rank's tokens, rows of its tiles, and slots of each expert.
+    let mut own = vec![0u32; 2 + num_experts];
+    let whole = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+    own[0] = whole(x.dims()[0]);
+    own[1] = whole(hexa_ops::tile_rows::<B>(&x.device()));
     if let Some(routing) = routing {
         for id in host::read_ids(routing.gating.expert_ids.clone())? {
-            own[1 + id as usize] += 1;
+            own[2 + id as usize] += 1;
         }
     }
     let name = parallel.name("token counts");
     let all = parallel.context.comm().all_gather_u32(&name, own)?;
     let mut tokens_per_expert = vec![0i32; num_experts];
     let mut tokens_per_rank = Vec::with_capacity(parallel.context.world_size());
-    for rank in all.chunks_exact(1 + num_experts) {
+    let mut tiles = Vec::with_capacity(parallel.context.world_size());
+    for rank in all.chunks_exact(2 + num_experts) {
         tokens_per_rank.push(rank[0] as usize);
-        for (sum, count) in tokens_per_expert.iter_mut().zip(&rank[1..]) {
+        tiles.push(RankTiles {
+            rows: rank[1] as usize,
+            tokens_per_expert: rank[2..].iter().map(|&count| count.into()).collect(),
+        });
+        for (sum, count) in tokens_per_expert.iter_mut().zip(&rank[2..]) {
             *sum = sum.saturating_add_unsigned(*count);
         }
     }
@@ -131,12 +141,13 @@ fn exchange_counts<B: ExpertOps>(
         }));
     }
     Ok(Counts {
+        tile_waste: tile_waste(parallel.mode, &parallel.shards.widths, &tiles),
         tokens_per_rank,
         tokens_per_expert,
     })
 }
 
-/// Auxiliary loss over the global batch, and the router's mean entropy over it.
+/// Auxiliary loss over the global batch, and the router's means over it.
 ///
 /// Losses are functions of sums over tokens. The sums are replaced by their global values, with
 /// the gradient of the local ones: what comes behind is the same on all ranks, so that each rank's
@@ -147,7 +158,7 @@ fn exchange_statistics<B: ExpertOps>(
     counts: &Counts,
     routing: &Option<Routing<B>>,
     x: &Tensor<B, 2>,
-) -> Result<(Tensor<B, 1>, f64)> {
+) -> Result<(Tensor<B, 1>, Option<RouterMeans>)> {
     let device = x.device();
     let num_experts = moe.router.num_experts;
     let len = moe.balance.num_sums(num_experts);
@@ -155,25 +166,23 @@ fn exchange_statistics<B: ExpertOps>(
         .as_ref()
         .filter(|_| len > 0)
         .map(|routing| moe.balance.sums(routing, moe.router.gate_noise));
-    let mut addend = match &local {
-        Some(local) => read_param(local.clone().detach(), "routing statistics")?,
-        None => vec![0.0; len],
-    };
-    addend.push(match routing {
+    let addend = match routing {
         Some(routing) => {
-            let entropy = crate::load::entropy_sum(routing.gating.probs.clone().detach());
-            read_param(entropy, "router entropy")?.iter().sum()
+            let mut sums: Vec<_> = local.iter().map(|local| local.clone().detach()).collect();
+            sums.push(router_sums(&routing.clone().detach()));
+            read_param(Tensor::cat(sums, 0), "routing statistics")?
         }
-        None => 0.0,
-    });
+        None => vec![0.0; len + RouterMeans::NUM_SUMS],
+    };
     let name = parallel.name("routing statistics");
     let mut global = parallel.context.comm().all_reduce(&name, addend)?;
-    let entropy = f64::from(global.pop().unwrap_or(0.0));
+    let router = global.split_off(len.min(global.len()));
+    let router: Vec<f64> = router.into_iter().map(f64::from).collect();
 
     let tokens: usize = counts.tokens_per_rank.iter().sum();
-    let entropy = crate::load::normalised_entropy(entropy, tokens, num_experts);
+    let router = RouterMeans::of_sums(&router, tokens, moe.router.top_k);
     if tokens == 0 || len == 0 {
-        return Ok((no_loss(&device), entropy));
+        return Ok((no_loss(&device), router));
     }
     let global = Tensor::<B, 1>::from_data(TensorData::new(global, [len]), (&device, DType::F32));
     let sums = match local {
@@ -182,7 +191,7 @@ fn exchange_statistics<B: ExpertOps>(
         None => global,
     };
     let loss = moe.balance.loss_of_sums(sums, tokens, num_experts);
-    Ok((loss, entropy))
+    Ok((loss, router))
 }
 
 fn experts<B: ExpertOps>(

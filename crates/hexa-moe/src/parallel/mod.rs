@@ -33,6 +33,7 @@ mod shard;
 mod shard_device;
 mod split;
 mod transfer;
+mod waste;
 
 pub use cache::GatherCache;
 pub use comm::Communicator;

@@ -25,6 +25,8 @@ pub(super) enum Command {
     Eval(Eval),
     /// The five likeliest classes of image files.
     Predict(Predict),
+    /// Pictures of which expert took which patch of image files.
+    Inspect(Inspect),
     /// Make a run out of published weights (.pth or .safetensors).
     Import(Import),
     /// Make a run with experts out of a dense model: its MLPs' copies, and fresh routers.
@@ -171,6 +173,24 @@ pub(super) struct Predict {
     #[arg(long, value_name = "FILE")]
     pub(super) tensors: Option<PathBuf>,
     /// Arithmetic: f32, tf32, bf16 or f16; the run's own without it.
+    #[arg(long)]
+    pub(super) precision: Option<Precision>,
+    /// Where to compute: cpu, wgpu or cuda, of those compiled in.
+    #[arg(long, default_value_t = BackendKind::Cpu)]
+    pub(super) backend: BackendKind,
+}
+
+#[derive(Args)]
+pub(super) struct Inspect {
+    #[command(flatten)]
+    pub(super) model: Model,
+    /// Image files.
+    #[arg(required = true, value_name = "IMAGE")]
+    pub(super) images: Vec<PathBuf>,
+    /// Directory of the pictures and inspect.html; RUN_DIR/inspect without it.
+    #[arg(long, value_name = "DIR", required_unless_present = "run")]
+    pub(super) output: Option<PathBuf>,
+    /// Arithmetic: f32, tf32 or bf16; the run's own without it.
     #[arg(long)]
     pub(super) precision: Option<Precision>,
     /// Where to compute: cpu, wgpu or cuda, of those compiled in.

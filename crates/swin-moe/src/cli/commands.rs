@@ -261,6 +261,22 @@ pub(super) fn predict(arguments: arguments::Predict, faults: DeviceFaults) -> Re
     Ok(Done::Success)
 }
 
+pub(super) fn inspect(arguments: arguments::Inspect, faults: DeviceFaults) -> Result<Done> {
+    let output = match (arguments.output, &arguments.model.run) {
+        (Some(output), _) => output,
+        (None, Some(run)) => run.join("inspect"),
+        (None, None) => anyhow::bail!("no directory given; name one with --output"),
+    };
+    let trained = load(arguments.model, arguments.precision, faults)?;
+    let inspection = trained.inspect(arguments.backend, &arguments.images, &output)?;
+    println!(
+        "{} pictures: {}",
+        inspection.pictures.len(),
+        inspection.page.display()
+    );
+    Ok(Done::Success)
+}
+
 pub(super) fn import(arguments: arguments::Import, faults: DeviceFaults) -> Result<Done> {
     let report = crate::train::import(ImportRequest {
         weights: arguments.weights,

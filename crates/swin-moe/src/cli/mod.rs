@@ -68,6 +68,7 @@ fn run(command: Command, faults: DeviceFaults) -> anyhow::Result<Done> {
         Command::Train(arguments) => commands::train(arguments, faults),
         Command::Eval(arguments) => commands::eval(arguments, faults),
         Command::Predict(arguments) => commands::predict(arguments, faults),
+        Command::Inspect(arguments) => commands::inspect(arguments, faults),
         Command::Import(arguments) => commands::import(arguments, faults),
         Command::Upcycle(arguments) => commands::upcycle(arguments, faults),
         Command::Export(arguments) => commands::export(arguments, faults),

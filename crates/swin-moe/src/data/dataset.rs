@@ -200,18 +200,27 @@ impl Dataset {
     }
 }
 
-/// Prepares one image file as evaluation does: `[channels, height, width]`, normalised.
+/// One image as evaluation sees it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PreparedImage {
+    /// Cut and resized, `image_size` a side.
+    pub pixels: Pixels,
+    /// The same as the model takes it: `[channels, height, width]`, normalised.
+    pub values: Vec<f32>,
+}
+
+/// Prepares one image file as evaluation does.
 ///
 /// # Errors
 /// [`DataError::Image`] if it cannot be read.
-pub fn load_image_file(config: &Config, path: &Path) -> Result<Vec<f32>, DataError> {
+pub fn prepare_image_file(config: &Config, path: &Path) -> Result<PreparedImage, DataError> {
     let pipeline = Pipeline::new(config, Split::Eval);
     let image = decode_file(path).map_err(|reason| DataError::Image {
         path: path.to_path_buf(),
         reason,
     })?;
-    let image = Pixels::from_image(image, pipeline.channels()).fit(pipeline.fit);
+    let pixels = Pixels::from_image(image, pipeline.channels()).fit(pipeline.fit);
     let mut values = Vec::with_capacity(pipeline.values_per_image());
-    pipeline.apply(&image, &mut image_stream(0, 0, 0), &mut values);
-    Ok(values)
+    pipeline.apply(&pixels, &mut image_stream(0, 0, 0), &mut values);
+    Ok(PreparedImage { pixels, values })
 }

@@ -22,7 +22,7 @@ mod transform;
 
 pub use augment::{Mix, Mixer};
 pub use batch::Batch;
-pub use dataset::{CorruptFile, Dataset, Split, load_image_file};
+pub use dataset::{CorruptFile, Dataset, PreparedImage, Split, prepare_image_file};
 pub use error::DataError;
 pub use loader::{BatchPart, Loader, LoaderConfig, num_batches};
 pub use pixels::Pixels;

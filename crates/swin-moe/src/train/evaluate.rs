@@ -1,5 +1,6 @@
 //! Accuracy, loss and experts' load on the test set.
 
+use hexa_moe::LoadStats;
 use hexa_ops::ExpertOps;
 
 use super::classes::Confusion;
@@ -56,12 +57,7 @@ pub(super) fn evaluate_together<B: ExpertOps>(
             evaluation.confusion.add(&logits.values, &labels);
             output
         };
-        let reports = output
-            .loads
-            .iter()
-            .map(|load| Ok(load.read()?))
-            .collect::<Result<Vec<_>>>()?;
-        evaluation.loads.add(&reports);
+        evaluation.loads.add(&LoadStats::read_all(&output.loads)?);
     }
     evaluation.tally = ranks.sum_tally(evaluation.tally)?;
     evaluation.confusion = ranks.sum_confusion(evaluation.confusion)?;

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use super::error::Result;
 use crate::config::Config;
 use crate::data::{
-    BatchPart, DataError, Dataset, Loader, LoaderConfig, Split, load_image_file, num_batches,
+    BatchPart, DataError, Dataset, Loader, LoaderConfig, PreparedImage, Split, num_batches,
+    prepare_image_file,
 };
 
 /// Both splits.
@@ -160,6 +161,6 @@ impl TestImages {
 }
 
 /// One image file as evaluation sees it.
-pub(super) fn prepare_file(config: &Config, path: &Path) -> Result<Vec<f32>> {
-    Ok(load_image_file(config, path)?)
+pub(super) fn prepare_file(config: &Config, path: &Path) -> Result<PreparedImage> {
+    Ok(prepare_image_file(config, path)?)
 }

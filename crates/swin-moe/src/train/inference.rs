@@ -30,7 +30,7 @@ use crate::weights::{
 };
 
 /// Images per step when predicting.
-const PREDICT_BATCH: usize = 32;
+pub(super) const PREDICT_BATCH: usize = 32;
 
 /// A checkpoint that has been read and whose settings have been checked.
 #[derive(Debug, Clone)]
@@ -74,6 +74,11 @@ impl Trained {
     pub fn with_faults(mut self, faults: DeviceFaults) -> Self {
         self.faults = faults;
         self
+    }
+
+    /// What the device's thread has reported.
+    pub(super) fn faults(&self) -> &DeviceFaults {
+        &self.faults
     }
 
     /// With these settings of ranks, for [`Trained::evaluate`], and so many images per step. The
@@ -174,7 +179,7 @@ impl Trained {
     }
 
     /// The model on a device that computes in its arithmetic, without autodiff.
-    fn model_to_run<B: TrainingBackend>(
+    pub(super) fn model_to_run<B: TrainingBackend>(
         self,
         device: &B::Device,
     ) -> Result<(SwinMoe<B::InnerBackend>, RunState, Config)> {
@@ -293,7 +298,7 @@ impl Job for Score {
         for files in self.files.chunks(PREDICT_BATCH) {
             let mut pixels = Vec::new();
             for file in files {
-                pixels.extend(prepare_file(&config, file)?);
+                pixels.extend(prepare_file(&config, file)?.values);
             }
             let shape = [files.len(), channels, size, size];
             images.extend_from_slice(&pixels);
@@ -311,7 +316,8 @@ impl Job for Score {
     }
 }
 
-fn likeliest(logits: &[f32], names: &[String]) -> Vec<(String, f64)> {
+/// The five likeliest classes and their probabilities, likeliest first.
+pub(super) fn likeliest(logits: &[f32], names: &[String]) -> Vec<(String, f64)> {
     let mut classes: Vec<(String, f64)> = names.iter().cloned().zip(softmax(logits)).collect();
     classes.sort_by(|a, b| b.1.total_cmp(&a.1));
     classes.truncate(5);

@@ -5,6 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use hexa_moe::RouterMeans;
 use serde::{Deserialize, Serialize};
 
 use super::classes::ClassScore;
@@ -72,18 +73,12 @@ pub struct LayerLoad {
     pub tokens_per_expert: Vec<u64>,
     /// Entropy of the load, 1 for an even one.
     pub entropy: f64,
-    /// Share of the experts' arithmetic spent on missing rows of tiles.
+    /// Rows that tiles compute beyond the slots, as a part of the slots.
     pub tile_waste: f64,
-}
-
-impl From<hexa_moe::LoadReport> for LayerLoad {
-    fn from(report: hexa_moe::LoadReport) -> Self {
-        LayerLoad {
-            entropy: report.load_entropy,
-            tile_waste: report.tile_waste,
-            tokens_per_expert: report.tokens_per_expert,
-        }
-    }
+    /// What the router says, in the mean over the tokens: entropy in nats, gate weight of a choice,
+    /// z. `None` without tokens, and in files of earlier versions.
+    #[serde(default)]
+    pub router: Option<RouterMeans>,
 }
 
 impl LayerLoad {
@@ -275,6 +270,11 @@ mod tests {
                 tokens_per_expert: vec![3, 0, 1],
                 entropy: 0.5,
                 tile_waste: 0.25,
+                router: Some(RouterMeans {
+                    entropy_nats: 1.25,
+                    gate_weight: 0.5,
+                    z: 3.5,
+                }),
             }],
             memory: MemoryRecord::default(),
         })
@@ -297,7 +297,19 @@ mod tests {
         ] {
             assert!(value[key].is_number(), "{key}");
         }
-        assert_eq!(value["layers"][0]["tokens_per_expert"][0], 3);
+        let layer = &value["layers"][0];
+        assert_eq!(layer["tokens_per_expert"][0], 3);
+        assert_eq!(layer["router"]["entropy_nats"], 1.25);
+        assert_eq!(layer["router"]["gate_weight"], 0.5);
+        assert_eq!(layer["router"]["z"], 3.5);
+
+        // As earlier versions wrote it.
+        let mut old = value.clone();
+        old["layers"][0].as_object_mut().unwrap().remove("router");
+        let Record::Step(old) = serde_json::from_value(old).unwrap() else {
+            panic!("another kind of record");
+        };
+        assert_eq!(old.layers[0].router, None);
     }
 
     #[test]

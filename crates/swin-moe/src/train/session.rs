@@ -13,7 +13,7 @@ use super::error::{Result, TrainError};
 use super::evaluate::evaluate_together;
 use super::images::Images;
 use super::loss_scale::LossScale;
-use super::metrics::{EvalRecord, LayerLoad, MetricsWriter, Record, StepRecord, WORST_CLASSES};
+use super::metrics::{EvalRecord, MetricsWriter, Record, StepRecord, WORST_CLASSES};
 use super::optimizer::{AdamW, FlatGradients};
 use super::params::read_params;
 use super::pass::{self, LossWeights};
@@ -26,6 +26,7 @@ use super::run_dir::RunDir;
 use super::schedule::Schedule;
 use super::starvation::{self, Starvation};
 use super::step_memory::StepMemory;
+use super::tally::read_loads;
 use crate::backend::BackendKind;
 use crate::config::Config;
 use crate::data::{Batch, Loader};
@@ -73,6 +74,7 @@ struct StepTrace<B: TrainingBackend> {
     ce_loss: Tensor<B::InnerBackend, 1>,
     aux_loss: Tensor<B::InnerBackend, 1>,
     grad_norm: Tensor<B::InnerBackend, 1>,
+    /// Of each part of the step, its layers'.
     loads: Vec<hexa_moe::LoadStats<B>>,
     lr: f64,
 }
@@ -82,7 +84,7 @@ struct PartSums<B: TrainingBackend> {
     ce_loss: Tensor<B::InnerBackend, 1>,
     aux_loss: Tensor<B::InnerBackend, 1>,
     gradients: FlatGradients<B::InnerBackend>,
-    /// Those of the last part.
+    /// Of each part, its layers'.
     loads: Vec<hexa_moe::LoadStats<B>>,
 }
 
@@ -92,7 +94,7 @@ impl<B: TrainingBackend> PartSums<B> {
             ce_loss: self.ce_loss + other.ce_loss,
             aux_loss: self.aux_loss + other.aux_loss,
             gradients: self.gradients.plus(other.gradients),
-            loads: other.loads,
+            loads: [self.loads, other.loads].concat(),
         }
     }
 }
@@ -351,11 +353,7 @@ impl<B: TrainingBackend> Session<'_, B> {
             loss_scale: self.place.loss_scale.map(LossScale::value),
             images_per_s: pace.images_per_s(),
             loader_wait: pace.loader_wait(waited),
-            layers: trace
-                .loads
-                .iter()
-                .map(|load| Ok(LayerLoad::from(load.read()?)))
-                .collect::<Result<_>>()?,
+            layers: read_loads(&trace.loads, self.model.moe_layers().count())?,
             memory: self.memory.record(),
         };
         self.check_device()?;

@@ -1,8 +1,10 @@
 //! Sums over an evaluation: accuracy, loss and experts' load.
 
-use hexa_moe::LoadReport;
+use burn::tensor::backend::Backend;
 use hexa_moe::load::load_entropy;
+use hexa_moe::{LoadReport, LoadStats, RouterMeans};
 
+use super::error::Result;
 use super::metrics::LayerLoad;
 
 /// Accuracy and loss over images seen so far, in f64.
@@ -78,36 +80,77 @@ pub fn softmax(row: &[f32]) -> Vec<f64> {
     exps.into_iter().map(|e| e / sum).collect()
 }
 
+/// Load of the parts of a step together, one entry for each of `num_layers` MoE layers. `loads`:
+/// those of the layers, part by part. This waits for the device, once.
+///
+/// # Errors
+/// [`super::TrainError`] if the device reports a failure.
+pub(super) fn read_loads<B: Backend>(
+    loads: &[LoadStats<B>],
+    num_layers: usize,
+) -> Result<Vec<LayerLoad>> {
+    let mut tally = LoadTally::default();
+    for part in LoadStats::read_all(loads)?.chunks_exact(num_layers.max(1)) {
+        tally.add(part);
+    }
+    Ok(tally.loads())
+}
+
 /// Load of the experts over several batches.
 #[derive(Debug, Clone, Default)]
 pub struct LoadTally {
-    layers: Vec<(Vec<u64>, f64)>,
+    layers: Vec<LayerTally>,
+}
+
+/// Sums of one layer.
+#[derive(Debug, Clone, Default)]
+struct LayerTally {
+    tokens_per_expert: Vec<u64>,
+    /// Of batches' tile waste and means, each times the batch's slots.
+    tile_waste: f64,
+    router: RouterMeans,
 }
 
 impl LoadTally {
     /// Adds a batch: one report for each MoE layer, in order.
     pub fn add(&mut self, reports: &[LoadReport]) {
-        self.layers.resize(reports.len(), (Vec::new(), 0.0));
-        for ((counts, wasted), report) in self.layers.iter_mut().zip(reports) {
+        self.layers.resize(reports.len(), LayerTally::default());
+        for (sums, report) in self.layers.iter_mut().zip(reports) {
+            let counts = &mut sums.tokens_per_expert;
             counts.resize(report.tokens_per_expert.len(), 0);
             for (sum, count) in counts.iter_mut().zip(&report.tokens_per_expert) {
                 *sum += count;
             }
-            let slots: u64 = report.tokens_per_expert.iter().sum();
-            *wasted += report.tile_waste * slots as f64;
+            let slots = report.tokens_per_expert.iter().sum::<u64>() as f64;
+            sums.tile_waste += report.tile_waste * slots;
+            if let Some(router) = report.router {
+                sums.router.entropy_nats += router.entropy_nats * slots;
+                sums.router.gate_weight += router.gate_weight * slots;
+                sums.router.z += router.z * slots;
+            }
         }
     }
 
     /// The sums so far.
     pub fn loads(&self) -> Vec<LayerLoad> {
-        self.layers
-            .iter()
-            .map(|(counts, wasted)| LayerLoad {
-                entropy: load_entropy(counts),
-                tile_waste: wasted / counts.iter().sum::<u64>().max(1) as f64,
-                tokens_per_expert: counts.clone(),
-            })
-            .collect()
+        self.layers.iter().map(LayerTally::load).collect()
+    }
+}
+
+impl LayerTally {
+    fn load(&self) -> LayerLoad {
+        let slots = self.tokens_per_expert.iter().sum::<u64>();
+        let mean = |sum: f64| sum / slots.max(1) as f64;
+        LayerLoad {
+            entropy: load_entropy(&self.tokens_per_expert),
+            tile_waste: mean(self.tile_waste),
+            router: (slots > 0).then(|| RouterMeans {
+                entropy_nats: mean(self.router.entropy_nats),
+                gate_weight: mean(self.router.gate_weight),
+                z: mean(self.router.z),
+            }),
+            tokens_per_expert: self.tokens_per_expert.clone(),
+        }
     }
 }
 
@@ -140,18 +183,35 @@ mod tests {
     }
 
     #[test]
-    fn waste_is_weighted_by_slots() {
+    fn means_are_weighted_by_slots() {
         let report = |counts: &[u64], tile_waste| LoadReport {
             tokens_per_expert: counts.to_vec(),
             load_entropy: 0.0,
-            router_entropy: 0.0,
+            router: counts
+                .iter()
+                .any(|&count| count > 0)
+                .then_some(RouterMeans {
+                    entropy_nats: 2.0 * tile_waste,
+                    gate_weight: 3.0 * tile_waste,
+                    z: 4.0 * tile_waste,
+                }),
             tile_waste,
         };
         let mut tally = LoadTally::default();
+        tally.add(&[report(&[0, 0], 0.0)]);
+        assert_eq!(tally.loads()[0].router, None);
         tally.add(&[report(&[30, 0], 0.1)]);
         tally.add(&[report(&[5, 5], 0.5)]);
         let loads = tally.loads();
         assert_eq!(loads[0].tokens_per_expert, [35, 5]);
-        assert!((loads[0].tile_waste - 0.2).abs() < 1e-12);
+        let router = loads[0].router.unwrap();
+        for (got, want) in [
+            (loads[0].tile_waste, 0.2),
+            (router.entropy_nats, 0.4),
+            (router.gate_weight, 0.6),
+            (router.z, 0.8),
+        ] {
+            assert!((got - want).abs() < 1e-12, "{got}, not {want}");
+        }
     }
 }

@@ -171,6 +171,11 @@ fn layer_figures(prefix: &str, layers: &[LayerLoad]) -> Vec<(String, f32)> {
         };
         figure("load_entropy", load.entropy);
         figure("tile_waste", load.tile_waste);
+        if let Some(router) = &load.router {
+            figure("router_entropy", router.entropy_nats);
+            figure("gate_weight", router.gate_weight);
+            figure("router_z", router.z);
+        }
         for (expert, share) in load.shares().into_iter().enumerate() {
             figure(&format!("share_of_expert_{expert}"), share);
         }
@@ -220,6 +225,7 @@ mod tests {
                     tokens_per_expert: vec![3, 0, 1],
                     entropy: 0.5,
                     tile_waste: 0.25,
+                    router: None,
                 },
             ],
             memory: MemoryRecord {

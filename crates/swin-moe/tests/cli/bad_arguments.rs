@@ -109,6 +109,12 @@ pub fn cases(scratch: &Path) -> Vec<Case> {
             "cannot be used with",
         ),
         ("no images", "predict --run R", "IMAGE"),
+        ("no images to inspect", "inspect --run R", "IMAGE"),
+        (
+            "pictures of a checkpoint without a directory",
+            "inspect --checkpoint R x.png",
+            "--output",
+        ),
         ("no weights", "import --config C --output O", "WEIGHTS"),
         ("no cases", "parity", "DIR"),
         ("export to nowhere", "export --run R", "--output"),

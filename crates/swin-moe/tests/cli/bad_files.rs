@@ -314,6 +314,24 @@ fn outputs(scratch: &Path, run: &Path, config: &Path) -> Vec<Case> {
             "not a file",
         ),
         (
+            "inspect a missing file",
+            format!("inspect --run {run} missing.png"),
+            "missing.png",
+        ),
+        (
+            "inspect text",
+            format!("inspect --run {run} {} text.png", picture.display()),
+            "text.png",
+        ),
+        (
+            "inspect into a file",
+            format!(
+                "inspect --run {run} {} --output text.png",
+                picture.display()
+            ),
+            "cannot create the directory text.png",
+        ),
+        (
             "export below a file",
             format!("export --run {run} --output text.png/out"),
             "text.png",

@@ -13,6 +13,7 @@ mod files;
 mod finetune;
 mod fleets;
 mod harness;
+mod inspect;
 #[cfg(unix)]
 mod kills;
 mod loader;

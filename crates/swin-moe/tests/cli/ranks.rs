@@ -62,6 +62,12 @@ pub fn assert_close(a: &Path, b: &Path, first: usize, tolerance: f64) {
                 counts.iter().map(|count| count.as_u64().unwrap()).sum()
             };
             assert_eq!(tokens(a), tokens(b));
+            for key in ["entropy_nats", "gate_weight", "z"] {
+                let mean = |layer: &Value| layer["router"][key].as_f64().unwrap();
+                let (x, y) = (mean(a), mean(b));
+                let bound = tolerance * y.abs().max(1.0);
+                assert!((x - y).abs() <= bound, "router's {key}: {x} and {y}");
+            }
         }
     }
 }

@@ -273,7 +273,15 @@ fn a_run_leaves_settings_metrics_checkpoints_and_a_report() {
             for key in keys {
                 assert!(record[*key].is_number(), "{key} in {record}");
             }
-            assert_eq!(record["layers"].as_array().unwrap().len(), 2);
+            let layers = record["layers"].as_array().unwrap();
+            assert_eq!(layers.len(), 2);
+            for layer in layers {
+                let mean = |key: &str| layer["router"][key].as_f64().unwrap();
+                assert!((0.0..=3f64.ln() + 1e-6).contains(&mean("entropy_nats")));
+                // Two of three experts: their probabilities are two thirds at least.
+                assert!((1.0 / 3.0 - 1e-6..=0.5).contains(&mean("gate_weight")));
+                assert!(mean("z") >= 0.0);
+            }
         }
     }
     for (number, step) in of_kind("step").into_iter().enumerate() {

@@ -2,6 +2,7 @@
 //! `HEXA_TEST_BACKEND` names.
 
 mod checkpointing;
+mod experts;
 mod memory;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -1,15 +1,19 @@
 //! `report.html`: a run in one self-contained page.
 
 mod comparison;
+mod experts;
+mod heat;
 mod svg;
 
 use std::fmt::Write;
 
 pub use self::comparison::{Compared, ComparedRank, Comparison};
-use self::svg::{Series, escape, line_chart, number, palette, stacked_chart};
+use self::experts::expert_section;
+pub(crate) use self::svg::escape;
+use self::svg::{Series, line_chart, number};
 use super::checkpoint::write_atomically;
 use super::error::Result;
-use super::metrics::{EvalRecord, LayerLoad, MemoryRecord, Record, StepRecord, read_records};
+use super::metrics::{EvalRecord, MemoryRecord, Record, StepRecord, read_records};
 use super::run_dir::RunDir;
 use crate::info::binary;
 
@@ -240,92 +244,6 @@ fn step_chart(steps: &[&StepRecord], pick: fn(&StepRecord) -> f64, from_zero: bo
     chart
 }
 
-/// Per MoE layer: each expert's share over time, tile waste over time, the last test shares.
-fn expert_section(steps: &[&StepRecord], evals: &[&EvalRecord]) -> String {
-    let num_layers = steps.iter().map(|s| s.layers.len()).max().unwrap_or(0);
-    if num_layers == 0 {
-        return String::new();
-    }
-    let mut html = String::from("<h2>Experts</h2><section class=\"charts\">");
-    for layer in 0..num_layers {
-        let loads: Vec<(f64, &LayerLoad)> = steps
-            .iter()
-            .filter_map(|s| Some((s.step as f64, s.layers.get(layer)?)))
-            .collect();
-        let num_experts = loads
-            .iter()
-            .map(|(_, load)| load.tokens_per_expert.len())
-            .max()
-            .unwrap_or(0);
-        let names: Vec<String> = (0..num_experts).map(|e| format!("expert {e}")).collect();
-        let rows: Vec<(f64, Vec<f64>)> = loads.iter().map(|(x, l)| (*x, l.shares())).collect();
-        push_figure(
-            &mut html,
-            &format!("MoE layer {layer}: tokens per expert, share"),
-            &stacked_chart("step", &rows, &names),
-        );
-    }
-    let waste: Vec<Series> = (0..num_layers)
-        .map(|layer| {
-            let points = steps
-                .iter()
-                .filter_map(|s| Some((s.step as f64, 100.0 * s.layers.get(layer)?.tile_waste)))
-                .collect();
-            Series::line(
-                &format!("layer {layer}"),
-                &palette(layer, num_layers),
-                points,
-            )
-        })
-        .collect();
-    push_figure(
-        &mut html,
-        "Tile waste, % of the experts' arithmetic",
-        &line_chart("step", &waste, true),
-    );
-    html.push_str("</section>");
-    if let Some(eval) = evals.last() {
-        html.push_str(&load_table(eval));
-    }
-    html
-}
-
-fn load_table(eval: &EvalRecord) -> String {
-    let num_experts = eval
-        .layers
-        .iter()
-        .map(|l| l.tokens_per_expert.len())
-        .max()
-        .unwrap_or(0);
-    let mut html = format!(
-        "<h2>Share of tokens on the test set, epoch {}</h2><div class=\"scroll\"><table><tr><th>MoE layer</th>",
-        eval.epoch
-    );
-    for expert in 0..num_experts {
-        let _ = write!(html, "<th>expert {expert}</th>");
-    }
-    html.push_str("<th>entropy</th><th>tile waste</th></tr>");
-    for (index, layer) in eval.layers.iter().enumerate() {
-        let _ = write!(html, "<tr><th>{index}</th>");
-        for share in layer.shares() {
-            // The darker the cell, the more tokens; an even share is a third of the scale.
-            let tint = (share * num_experts as f64 / 3.0).min(1.0) * 60.0;
-            let _ = write!(
-                html,
-                "<td style=\"background:hsl(215 80% 55% / {tint:.0}%)\">{:.1} %</td>",
-                100.0 * share
-            );
-        }
-        let _ = write!(
-            html,
-            "<td>{:.3}</td><td>{:.1} %</td></tr>",
-            layer.entropy,
-            100.0 * layer.tile_waste
-        );
-    }
-    html + "</table></div>"
-}
-
 /// The classes that the last evaluation found hardest.
 fn class_table(evals: &[&EvalRecord]) -> String {
     let Some(eval) = evals.last().filter(|eval| !eval.worst_classes.is_empty()) else {
@@ -351,8 +269,11 @@ fn class_table(evals: &[&EvalRecord]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use hexa_moe::RouterMeans;
+
     use super::*;
     use crate::train::classes::ClassScore;
+    use crate::train::metrics::LayerLoad;
 
     fn records() -> Vec<Record> {
         let layers = |i: u64| {
@@ -361,6 +282,11 @@ mod tests {
                     tokens_per_expert: vec![3 + i, 1, 0],
                     entropy: 0.9,
                     tile_waste: 0.125,
+                    router: Some(RouterMeans {
+                        entropy_nats: 0.75,
+                        gate_weight: 0.5,
+                        z: i as f64,
+                    }),
                 };
                 2
             ]
@@ -420,12 +346,18 @@ mod tests {
             "<figcaption>Loss</figcaption>",
             "Test accuracy",
             "Learning rate",
-            "MoE layer 0: tokens per expert",
-            "MoE layer 1: tokens per expert",
+            "MoE layer 0: share of tokens",
+            "MoE layer 1: share of tokens",
+            "share of tokens, %",
+            "▲ even: 33.3<",
+            "Router entropy, nats (undecided: 1.0986)",
+            "Mean gate weight",
+            "Router z",
             "Tile waste",
             "87.50 %",
             "<b>15.0 %</b><span>of the time waiting for images</span>",
-            "expert 2",
+            "<title>expert 2: mean 0.0, 0.0 to 0.0",
+            "<td>0.750</td><td>0.500</td><td>0.000</td><td>12.5 %</td>",
             "<th>back-end</th><td>cpu</td>",
             "<th>peak memory of tensors, predicted</th><td>1.50 GiB</td>",
             "<th>peak memory of the process</th><td>40.00 MiB</td>",
@@ -436,8 +368,8 @@ mod tests {
         for outside in ["<script", "src=", "href=", "@import", "url("] {
             assert!(!page.contains(outside), "{outside} in the page");
         }
-        // Three bands per layer, and a point for each of the 40 steps in the raw loss.
-        assert_eq!(page.matches("<polygon").count(), 6);
+        // A map per layer, and a point for each of the 40 steps in the raw loss.
+        assert_eq!(page.matches("crispEdges\"><path").count(), 2);
         let loss = page.split("<polyline points=\"").nth(1).unwrap();
         assert_eq!(loss.split('"').next().unwrap().split(' ').count(), 40);
         assert!(!page.contains("NaN") && !page.contains("inf"));

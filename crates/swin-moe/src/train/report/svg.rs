@@ -3,10 +3,10 @@
 use std::fmt::Write;
 
 /// Size of a chart's plot area and margins, in SVG units.
-const WIDTH: f64 = 560.0;
+pub(super) const WIDTH: f64 = 560.0;
 const HEIGHT: f64 = 240.0;
-const LEFT: f64 = 54.0;
-const RIGHT: f64 = 14.0;
+pub(super) const LEFT: f64 = 54.0;
+pub(super) const RIGHT: f64 = 14.0;
 const TOP: f64 = 10.0;
 const BOTTOM: f64 = 34.0;
 /// More points than this are thinned out: a screen shows no more.
@@ -98,57 +98,6 @@ pub fn line_chart(x_label: &str, series: &[Series], from_zero: bool) -> String {
         .iter()
         .filter(|s| !s.faint)
         .map(|s| (s.name.clone(), s.color.clone()))
-        .collect();
-    svg + &legend(&entries)
-}
-
-/// Shares that sum to one, as stacked bands over x. `rows`: (x, share of each band).
-pub fn stacked_chart(x_label: &str, rows: &[(f64, Vec<f64>)], names: &[String]) -> String {
-    if rows.is_empty() {
-        return empty_chart();
-    }
-    let rows = thin(rows);
-    let (x_min, x_max) = bounds(rows.iter().map(|r| r.0));
-    let frame = Frame {
-        x_min,
-        x_max,
-        y_min: 0.0,
-        y_max: 1.0,
-    };
-    let mut svg = frame.open(x_label);
-    let mut below = vec![0.0; rows.len()];
-    for (band, name) in names.iter().enumerate() {
-        let above: Vec<f64> = rows
-            .iter()
-            .zip(&below)
-            .map(|((_, shares), base)| base + shares.get(band).copied().unwrap_or(0.0))
-            .collect();
-        let edge = |heights: &[f64]| -> Vec<(f64, f64)> {
-            rows.iter().zip(heights).map(|(r, &h)| (r.0, h)).collect()
-        };
-        let mut outline = edge(&above);
-        outline.extend(edge(&below).into_iter().rev());
-        let last = rows
-            .last()
-            .and_then(|(_, shares)| shares.get(band))
-            .copied()
-            .unwrap_or(0.0);
-        let _ = write!(
-            svg,
-            "<polygon points=\"{}\" fill=\"{}\" opacity=\"0.9\">\
-             <title>{}: {:.1} % at the end</title></polygon>",
-            polyline(&frame, &outline),
-            palette(band, names.len()),
-            escape(name),
-            100.0 * last
-        );
-        below = above;
-    }
-    svg.push_str("</svg>");
-    let entries: Vec<_> = names
-        .iter()
-        .enumerate()
-        .map(|(band, name)| (name.clone(), palette(band, names.len())))
         .collect();
     svg + &legend(&entries)
 }
@@ -250,7 +199,7 @@ fn legend(entries: &[(String, String)]) -> String {
     html + "</p>"
 }
 
-fn empty_chart() -> String {
+pub(super) fn empty_chart() -> String {
     "<p class=\"empty\">nothing recorded yet</p>".to_owned()
 }
 
@@ -261,7 +210,7 @@ fn bounds(values: impl Iterator<Item = f64>) -> (f64, f64) {
 }
 
 /// About `count` round numbers within `low..=high`.
-fn ticks(low: f64, high: f64, count: usize) -> Vec<f64> {
+pub(super) fn ticks(low: f64, high: f64, count: usize) -> Vec<f64> {
     let span = high - low;
     if span.is_nan() || span <= 0.0 || span.is_infinite() {
         return vec![low];

@@ -12,7 +12,7 @@ use crate::data::Pixels;
 /// Pictures are enlarged to at least this many pixels a side.
 const MIN_SIDE: u32 = 384;
 /// How much of an expert's colour covers the image.
-const COVER: f64 = 0.45;
+const COVER: f64 = 0.6;
 /// Smallest patch that has room for its expert's number.
 const MIN_NUMBERED: u32 = 16;
 
@@ -185,7 +185,7 @@ mod tests {
                 let (x, y) = (column * 128 + dx, row * 128 + dy);
                 let grey = if x / 64 < 3 { 40.0 } else { 200.0 };
                 let want =
-                    expert_color(expert).map(|c| (0.55 * grey + 0.45 * f64::from(c)).round() as u8);
+                    expert_color(expert).map(|c| (0.4 * grey + 0.6 * f64::from(c)).round() as u8);
                 assert_eq!(picture.get_pixel(x, y).0, want, "{row} {column}");
             }
         }

@@ -13,7 +13,7 @@ const LEVELS: usize = 64;
 const TOP: f64 = 8.0;
 /// Below the plot: ticks and label of the x axis, the scale, its ticks and its label.
 const X_AXIS: f64 = 34.0;
-const SCALE: f64 = 52.0;
+const SCALE: f64 = 64.0;
 const SCALE_HEIGHT: f64 = 10.0;
 
 /// Viridis by Smith and van der Walt, at equal distances; it is interpolated in between.
@@ -251,12 +251,18 @@ fn scale(top: f64, max: f64, labels: &Labels) -> String {
     let below = top + SCALE_HEIGHT;
     let mut tick = |value: f64, text: &str, length: f64| {
         let x = LEFT + value / max * width;
+        // Longer texts must not leave the picture.
+        let anchor = match value / max {
+            part if part > 0.85 => "end",
+            part if part < 0.1 => "start",
+            _ => "middle",
+        };
         let _ = write!(
             svg,
             "<line class=\"tick\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{below}\" y2=\"{}\"/>\
-             <text x=\"{x:.1}\" y=\"{}\" text-anchor=\"middle\">{text}</text>",
+             <text x=\"{x:.1}\" y=\"{}\" text-anchor=\"{anchor}\">{text}</text>",
             below + length,
-            below + length + 10.0,
+            below + length + 11.0,
         );
     };
     for value in ticks(0.0, max, 5) {
@@ -265,13 +271,13 @@ fn scale(top: f64, max: f64, labels: &Labels) -> String {
     if let Some((value, name)) = labels.mark.filter(|(value, _)| (0.0..=max).contains(value)) {
         let rounded = number((value * 10.0).round() / 10.0);
         let text = format!("▲ {}: {rounded}", escape(name));
-        tick(value, &text, 14.0);
+        tick(value, &text, 16.0);
     }
     let _ = write!(
         svg,
-        "<text class=\"label\" x=\"{}\" y=\"{}\" text-anchor=\"end\">{}</text>",
-        WIDTH - RIGHT,
-        below + 24.0,
+        "<text class=\"label\" x=\"{}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
+        (LEFT + WIDTH - RIGHT) / 2.0,
+        below + 42.0,
         escape(labels.value)
     );
     svg

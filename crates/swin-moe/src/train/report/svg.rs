@@ -59,7 +59,7 @@ pub fn line_chart(x_label: &str, series: &[Series], from_zero: bool) -> String {
         y_min = y_min.min(0.0);
     }
     if y_max - y_min < 1e-12 {
-        y_max += y_max.abs().max(1e-6) * 0.1;
+        y_max += if y_max == 0.0 { 1.0 } else { 0.1 * y_max.abs() };
     }
     let frame = Frame {
         x_min,

@@ -52,6 +52,20 @@ pub enum TrainError {
         /// The loss, in words: NaN or infinite.
         loss: f32,
     },
+    /// No loss scale makes gradients finite in half precision.
+    #[error(
+        "gradients were not finite at step {step} (lr {lr:.3e}), down to a loss scale of {scale:e}; \
+         the last good checkpoint stands. Try a lower train.lr, a longer warm-up, or train.precision \
+         = \"bf16\" or \"f32\""
+    )]
+    Overflow {
+        /// The step at which it was noticed.
+        step: u64,
+        /// The learning rate of that step.
+        lr: f64,
+        /// The least scale that was tried.
+        scale: f32,
+    },
     /// A trained parameter had no part in the loss.
     #[error(
         "parameter {name} received no gradient; freeze it or connect it to the loss, it would \

@@ -12,7 +12,7 @@ use crate::config::Precision;
 
 const FIRST: f32 = 65_536.0;
 const GROWTH_INTERVAL: u32 = 2000;
-/// Gradients that are too large for a scale of less than this do not come from the scale.
+/// Gradients that are not finite with this scale are so without it.
 const LEAST: f32 = 1.0 / 1024.0;
 /// The scaled loss must be far from the limit of f32.
 const MOST: f32 = 16_777_216.0;
@@ -45,7 +45,7 @@ impl LossScale {
     /// Whether a step with gradients of this norm is to be done; the next scale follows from that.
     ///
     /// # Errors
-    /// [`TrainError::Diverged`] if no scale makes gradients finite.
+    /// [`TrainError::Overflow`] if no scale makes gradients finite.
     pub fn accept(&mut self, grad_norm: f32, step: u64, lr: f64) -> Result<bool> {
         if grad_norm.is_finite() {
             self.good_steps += 1;
@@ -55,15 +55,15 @@ impl LossScale {
             }
             return Ok(true);
         }
-        self.scale /= 2.0;
-        self.good_steps = 0;
-        if self.scale < LEAST {
-            return Err(TrainError::Diverged {
+        if self.scale <= LEAST {
+            return Err(TrainError::Overflow {
                 step,
                 lr,
-                loss: grad_norm,
+                scale: self.scale,
             });
         }
+        self.scale /= 2.0;
+        self.good_steps = 0;
         Ok(false)
     }
 }
@@ -91,7 +91,7 @@ mod tests {
     fn gradients_that_no_scale_makes_finite_end_the_run() {
         let mut scale = LossScale::of(Precision::F16).unwrap();
         let error = (0..100).find_map(|step| scale.accept(f32::NAN, step, 1e-3).err());
-        assert!(matches!(error, Some(TrainError::Diverged { step: 26, .. })));
+        assert!(matches!(error, Some(TrainError::Overflow { step: 26, .. })));
     }
 
     #[test]

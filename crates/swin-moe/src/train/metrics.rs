@@ -251,10 +251,11 @@ pub fn read_records(path: &Path) -> Result<Vec<Record>> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn step(step: u64) -> Record {
+    /// Some figures.
+    pub fn step(step: u64) -> Record {
         Record::Step(StepRecord {
             step,
             epoch: 1,
@@ -276,7 +277,10 @@ mod tests {
                     z: 3.5,
                 }),
             }],
-            memory: MemoryRecord::default(),
+            memory: MemoryRecord {
+                tensor_bytes: Some(3 << 20),
+                ..MemoryRecord::default()
+            },
         })
     }
 

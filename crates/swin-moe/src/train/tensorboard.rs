@@ -190,6 +190,7 @@ mod tests {
     use tfrecord::{RecordIter, RecordReaderConfig};
 
     use super::*;
+    use crate::train::metrics::tests::step as record;
 
     fn events(directory: &Path) -> Vec<Event> {
         let mut files: Vec<_> = fs::read_dir(directory)
@@ -205,34 +206,6 @@ mod tests {
             .flat_map(|path| RecordIter::<Event, _>::open(path, config.clone()).unwrap())
             .map(|event| event.unwrap())
             .collect()
-    }
-
-    fn record(step: u64) -> Record {
-        Record::Step(StepRecord {
-            step,
-            epoch: 1,
-            loss: 2.25,
-            ce_loss: 2.125,
-            aux_loss: 0.125,
-            lr: 1e-3,
-            grad_norm: Some(0.7),
-            loss_scale: None,
-            images_per_s: 100.0,
-            loader_wait: 0.25,
-            layers: vec![
-                LayerLoad::default(),
-                LayerLoad {
-                    tokens_per_expert: vec![3, 0, 1],
-                    entropy: 0.5,
-                    tile_waste: 0.25,
-                    router: None,
-                },
-            ],
-            memory: MemoryRecord {
-                tensor_bytes: Some(3 << 20),
-                ..MemoryRecord::default()
-            },
-        })
     }
 
     #[test]
@@ -270,8 +243,9 @@ mod tests {
         assert_eq!(figure("train/loss"), 2.25);
         assert_eq!(figure("train/lr"), 1e-3);
         assert_eq!(figure("memory/tensors_mib"), 3.0);
-        assert_eq!(figure("train_moe_1/tile_waste"), 0.25);
-        assert_eq!(figure("train_moe_1/share_of_expert_0"), 0.75);
-        assert_eq!(figure("train_moe_1/share_of_expert_1"), 0.0);
+        assert_eq!(figure("train_moe_0/tile_waste"), 0.25);
+        assert_eq!(figure("train_moe_0/router_z"), 3.5);
+        assert_eq!(figure("train_moe_0/share_of_expert_0"), 0.75);
+        assert_eq!(figure("train_moe_0/share_of_expert_1"), 0.0);
     }
 }

@@ -65,12 +65,12 @@ impl RankJob for Calibrate {
             Some(context) => measure_rank::<B>(context, device, &setting),
             // A process alone exchanges with itself.
             None => {
-                let comm = local::world(1).into_iter().next().ok_or_else(|| {
-                    FleetJobError::Fleet(FleetError::Ranks {
-                        fleet: 0,
-                        wanted: 1,
-                    })
-                })?;
+                let nobody = FleetError::Ranks {
+                    fleet: 0,
+                    wanted: 1,
+                };
+                let comm = local::world(1).into_iter().next();
+                let comm = comm.ok_or(FleetJobError::Fleet(nobody))?;
                 measure_rank::<B>(&ParallelContext::new(comm), device, &setting)
             }
         }?;

@@ -7,7 +7,7 @@ use hexa_ops::backend_test;
 use hexa_ops::testing::compare::host;
 
 use crate::host::HostMoe;
-use crate::support::{Named, Rng, assert_near, gradients, layer, tensor};
+use crate::support::{Named, Rng, assert_near, generator_lock, gradients, layer, tensor};
 
 /// A dense network, which is a layer of one expert, and its values.
 fn dense<B: TrainingBackend>(config: &MoeConfig, seed: u64) -> (DenseFfn<B>, MoeConfig, Named) {
@@ -32,6 +32,8 @@ fn dense<B: TrainingBackend>(config: &MoeConfig, seed: u64) -> (DenseFfn<B>, Moe
 }
 
 fn copies<B: TrainingBackend>() {
+    // Routers are drawn when they are first used.
+    let _lock = generator_lock();
     let base = MoeConfig::new(5, 7, 4).with_normalize_gate(true);
     let cosine = RouterConfig::Cosine {
         dim: 3,
@@ -75,6 +77,8 @@ backend_test!(copies_compute_the_dense_network, copies);
 
 /// Gate weights that do not sum to one scale the dense output, token by token.
 fn scaled<B: TrainingBackend>() {
+    // Routers are drawn when they are first used.
+    let _lock = generator_lock();
     let config = MoeConfig::new(5, 7, 4).with_top_k(2);
     let (dense, one, params) = dense::<B>(&config, 5);
     let moe = config.upcycle(dense, None).unwrap().without_noise();

@@ -11,5 +11,7 @@ pub mod memory;
 pub mod model;
 pub mod parity;
 pub mod settings;
+#[cfg(test)]
+mod testing;
 pub mod train;
 pub mod weights;

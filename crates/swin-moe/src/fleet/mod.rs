@@ -136,6 +136,7 @@ mod tests {
             }
         }
         type B = Autodiff<hexa_ops::backends::Cpu>;
+        let _lock = crate::testing::generator_lock();
         let net = model.init::<B>(&Default::default()).unwrap();
         let mut all = Trained(0);
         net.visit(&mut all);

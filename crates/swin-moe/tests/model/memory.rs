@@ -7,6 +7,8 @@ use swin_moe::backend::BackendKind;
 use swin_moe::config::Config;
 use swin_moe::train::{DeviceFaults, ProbeRequest, probe_on};
 
+use crate::alone;
+
 /// Experts in both stages, two passes a step, a moving average; activations are most of it.
 const SETTINGS: &str = r#"
 [model]
@@ -28,6 +30,7 @@ fn config(overrides: &[&str]) -> Config {
 }
 
 fn prediction_is_near_the_measured_peak<B: TrainingBackend>() {
+    let _alone = alone();
     let device = B::Device::default();
     if device_memory::<B>(&device).is_none() {
         skip("predicted_peak_memory", "the CPU does not count");

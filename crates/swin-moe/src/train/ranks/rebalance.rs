@@ -226,6 +226,7 @@ mod tests {
     use super::*;
     use crate::backend::BackendKind;
     use crate::config::{Config, DIGITS_TOML};
+    use crate::testing::generator_lock;
     use crate::train::metrics::{Record, StepRecord, read_records};
     use crate::train::ranks::{RankJob, Seat, launch};
     use crate::train::run_dir::RunDir;
@@ -379,6 +380,7 @@ mod tests {
 
     #[test]
     fn losses_are_those_of_one_rank_whatever_is_split_anew() {
+        let _lock = generator_lock();
         let dir = tempfile::tempdir().unwrap();
         let one = train(&dir.path().join("one"), &[], 26, None);
         let auto = ["parallel.ranks=2", "parallel.rebalance=auto"];
@@ -447,6 +449,7 @@ mod tests {
     /// Equally fast ranks, and a slow one whose share cannot become smaller, are left alone.
     #[test]
     fn nothing_is_split_anew_without_a_gain() {
+        let _lock = generator_lock();
         let dir = tempfile::tempdir().unwrap();
         let settings = [
             "parallel.ranks=2",

@@ -220,6 +220,10 @@ fn jobs_that_cannot_be_are_refused() {
         ),
         ("train --ranks 2 --rebalance always", "off, auto"),
         (
+            "train --ranks 2 --set train.activation_checkpointing=true",
+            "train.activation_checkpointing is true and there are 2 ranks",
+        ),
+        (
             "train --ranks 2 --rebalance auto --rebalance-threshold=-0.1",
             "parallel.rebalance_threshold is -0.1",
         ),

@@ -46,7 +46,7 @@ mod types;
 
 pub use api::{
     EsmmOptions, ExpertIndex, ExpertParams, Gating, esmm, ess, estmm, expert_ffn, gelu, linear,
-    matmul, matmul_to_f32, supports_precision, tile_rows, topk_gating,
+    matmul, matmul_to_f32, supports_precision, tile_rows, topk_gating, when_reached,
 };
 pub use backend::{ExpertKernels, ExpertOps, TrainingBackend};
 pub use error::{OpsError, Result};

@@ -30,8 +30,7 @@ pub struct Arguments {
     /// Cores of each rank, as 0-11/12-15; without it, three quarters and one quarter of all.
     #[arg(long, value_name = "CORES")]
     ranks: Option<Cores>,
-    /// Threads that keep each rank's cores busy, as 0,2. Between processes only: a rank that is
-    /// preempted while it holds the address space's lock would stop the others of its process.
+    /// Threads that keep each rank's cores busy, as 0,2.
     #[arg(long, value_delimiter = ',', value_name = "THREADS")]
     busy: Vec<usize>,
     /// What to measure.
@@ -99,10 +98,6 @@ fn main() -> Result<()> {
         arguments.calibrate_s.is_finite() && arguments.calibrate_s > 0.0,
         "--calibrate-s is {}, allowed is a number above 0",
         arguments.calibrate_s
-    );
-    ensure!(
-        arguments.engine == Engine::Mpi || arguments.busy.iter().all(|&threads| threads == 0),
-        "--busy needs --engine mpi: ranks of one process stop each other when one is preempted"
     );
     let output = arguments.output.clone();
     let start = Instant::now();

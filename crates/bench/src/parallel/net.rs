@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use burn::backend::Autodiff;
@@ -10,7 +11,9 @@ use burn::nn::{Linear, LinearConfig};
 use burn::tensor::backend::Backend;
 use burn::tensor::{Distribution, Tensor, activation};
 use hexa_moe::parallel::fleet::{FfnShape, LayerShape, MeasuredStep, Workload};
-use hexa_moe::parallel::{ParallelContext, ParallelPlan, broadcast_parameters, parallelize};
+use hexa_moe::parallel::{
+    BackwardEnd, ParallelContext, ParallelPlan, broadcast_parameters, parallelize,
+};
 use hexa_moe::{ExpertOps, Moe, MoeConfig, backends::Cpu};
 use serde::Serialize;
 
@@ -172,10 +175,10 @@ impl<B: ExpertOps> Net<B> {
     }
 }
 
-/// Tokens of some samples.
+/// Tokens of some samples, with a gradient, as if further layers came before.
 pub fn tokens(samples: usize, d_model: usize) -> Tensor<B, 2> {
     let shape = [samples * TOKENS_PER_SAMPLE, d_model];
-    Tensor::random(shape, Distribution::Normal(0.0, 1.0), &Default::default())
+    Tensor::random(shape, Distribution::Normal(0.0, 1.0), &Default::default()).require_grad()
 }
 
 /// Hidden units of the experts where all else is measured.
@@ -207,19 +210,21 @@ impl MeasuredStep for OneRank {
         NARROW
     }
 
-    fn forward_backward(&mut self, samples: usize) -> Result<(), String> {
+    fn forward_backward(&mut self, samples: usize) -> Result<Duration, String> {
         let x = match self.x.take() {
             Some(x) if x.dims()[0] == samples * TOKENS_PER_SAMPLE => x,
             _ => tokens(samples, self.d_model),
         };
         self.x = Some(x.clone());
+        let (start, end) = (Instant::now(), BackwardEnd::default());
+        let x = end.mark(x).map_err(|e| e.to_string())?;
         let (y, aux_loss) = self.net.forward(x, false).map_err(|e| e.to_string())?;
         drop((y.mean() + aux_loss).backward());
-        Ok(())
+        Ok(end.since(start))
     }
 
-    fn update(&mut self) -> Result<u64, String> {
+    fn update(&mut self) -> Result<(u64, Duration), String> {
         // These measurements train nothing.
-        Ok(0)
+        Ok((0, Duration::ZERO))
     }
 }

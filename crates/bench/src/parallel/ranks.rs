@@ -10,7 +10,9 @@ use burn::optim::GradientsParams;
 use core_affinity::CoreId;
 use hexa_moe::parallel::comm::{Communicator, Meter, Metered, local};
 use hexa_moe::parallel::fleet::{Calibration, Fleet, calibrate};
-use hexa_moe::parallel::{BatchShare, ParallelContext, ParallelPlan, exchange_gradients};
+use hexa_moe::parallel::{
+    BackwardEnd, BatchShare, ParallelContext, ParallelPlan, exchange_gradients,
+};
 use serde::Serialize;
 
 use crate::net::{B, Net, NetShape, OneRank, tokens};
@@ -281,8 +283,8 @@ impl Rank {
         let context = &self.context;
         context.comm().barrier("step")?;
         self.meter.take();
-        let start = Instant::now();
-        let (y, aux_loss) = net.forward(x, early)?;
+        let (start, end) = (Instant::now(), BackwardEnd::default());
+        let (y, aux_loss) = net.forward(end.mark(x)?, early)?;
         let gather = self.meter.take();
         let mut waited: f64 = gather.values().map(|t| t.waited.as_secs_f64()).sum();
         let gather = gather
@@ -290,10 +292,12 @@ impl Rank {
             .map_or(0.0, |t| t.waited.as_secs_f64());
         let loss = share.weigh(y.mean()) + aux_loss;
         let mut grads = loss.backward();
+        let returned = start.elapsed();
         let mut grads = GradientsParams::from_module(&mut grads, net);
         exchange_gradients(context, net, &mut grads)?;
         let all = start.elapsed().as_secs_f64();
         waited += self.meter.waited().as_secs_f64();
+        waited += (returned - end.since(start)).as_secs_f64();
         Ok([all, all - waited, gather])
     }
 }

@@ -155,3 +155,9 @@ fn together<B: TrainingBackend>() {
     );
 }
 backend_test!(layers_are_read_together, together);
+
+/// A model may have none.
+fn none<B: TrainingBackend>() {
+    assert_eq!(LoadStats::<B>::read_all(&[]).unwrap(), []);
+}
+backend_test!(no_layers_are_read_without_a_wait, none);

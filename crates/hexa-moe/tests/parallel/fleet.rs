@@ -1,5 +1,7 @@
 //! Fleets: measuring, fits, shares, and the choice of modes against all there are.
 
+use std::time::{Duration, Instant};
+
 use burn::backend::Autodiff;
 use burn::module::Module;
 use burn::tensor::Tensor;
@@ -431,16 +433,17 @@ impl MeasuredStep for OneLayer {
         24
     }
 
-    fn forward_backward(&mut self, samples: usize) -> Result<(), String> {
+    fn forward_backward(&mut self, samples: usize) -> Result<Duration, String> {
         let shape = [samples, self.layer.d_model];
+        let start = Instant::now();
         let x = Tensor::<_, 2>::ones(shape, &Default::default());
         let out = self.layer.try_forward(x).map_err(|e| e.to_string())?;
         drop((out.output.sum() + out.aux_loss).backward());
-        Ok(())
+        Ok(start.elapsed())
     }
 
-    fn update(&mut self) -> Result<u64, String> {
-        Ok(self.layer.num_params() as u64)
+    fn update(&mut self) -> Result<(u64, Duration), String> {
+        Ok((self.layer.num_params() as u64, Duration::ZERO))
     }
 }
 

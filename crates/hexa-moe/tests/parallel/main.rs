@@ -4,6 +4,7 @@ mod cache;
 mod device;
 mod equivalence;
 mod failures;
+mod finish;
 mod fleet;
 mod local;
 mod metered;

@@ -5,11 +5,13 @@ mod dense;
 mod ffn;
 mod index;
 mod operators;
+mod reached;
 
 pub use dense::{gelu, linear, matmul, matmul_to_f32};
 pub use ffn::{ExpertParams, expert_ffn};
 pub use index::{ExpertIndex, Gating, topk_gating};
 pub use operators::{EsmmOptions, esmm, ess, estmm};
+pub use reached::when_reached;
 
 use crate::backend::ExpertOps;
 use crate::types::MatmulPrecision;

@@ -16,7 +16,7 @@ use burn_autodiff::{Autodiff, NodeId};
 
 use super::{
     EsmmArgs, ExpertKernels, ExpertOps, FfnBackwardArgs, FfnExecutor, FfnInputs, FfnNeeds,
-    FfnWeights, RawExpertIndex, RawGating, dense, executor, gelu,
+    FfnWeights, RawExpertIndex, RawGating, WhenReached, dense, executor, gelu, reached,
 };
 use crate::memory::DeviceMemory;
 use crate::types::{FfnOptions, MatmulPrecision, RowOrder};
@@ -511,6 +511,10 @@ impl<B: ExpertKernels, C: CheckpointStrategy> ExpertOps for Autodiff<B, C> {
 
     fn gelu(x: FloatTensor<Self>) -> FloatTensor<Self> {
         gelu::differentiable::<B, C>(x)
+    }
+
+    fn when_reached(x: FloatTensor<Self>, then: WhenReached) -> FloatTensor<Self> {
+        reached::differentiable::<B, C>(x, then)
     }
 
     fn supports_precision(device: &Self::Device, precision: MatmulPrecision) -> bool {

@@ -15,9 +15,11 @@ mod flex;
 mod fusion;
 mod gelu;
 mod ops;
+mod reached;
 
 pub use executor::{FfnExecutor, FfnInputs};
 pub use ops::{ExpertOps, TrainingBackend};
+pub use reached::WhenReached;
 
 use burn::tensor::FloatDType;
 use burn::tensor::backend::Backend;

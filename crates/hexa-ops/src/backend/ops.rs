@@ -5,7 +5,8 @@ use burn::tensor::backend::{AutodiffBackend, Backend};
 use burn::tensor::ops::{FloatTensor, IntTensor};
 
 use super::{
-    EsmmArgs, ExpertKernels, FfnExecutor, FfnInputs, FfnWeights, RawExpertIndex, RawGating, dense,
+    EsmmArgs, ExpertKernels, FfnExecutor, FfnInputs, FfnWeights, RawExpertIndex, RawGating,
+    WhenReached, dense,
 };
 use crate::memory::DeviceMemory;
 use crate::types::{FfnOptions, MatmulPrecision, RowOrder};
@@ -83,6 +84,9 @@ pub trait ExpertOps: Backend {
 
     /// See [`ExpertKernels::gelu`]; differentiable.
     fn gelu(x: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// The same tensor; `then` is called whenever a backward pass has come to it.
+    fn when_reached(x: FloatTensor<Self>, then: WhenReached) -> FloatTensor<Self>;
 
     /// See [`ExpertKernels::supports_precision`].
     fn supports_precision(device: &Self::Device, precision: MatmulPrecision) -> bool;
@@ -163,6 +167,10 @@ impl<B: ExpertKernels> ExpertOps for B {
 
     fn gelu(x: FloatTensor<Self>) -> FloatTensor<Self> {
         <B as ExpertKernels>::gelu(x)
+    }
+
+    fn when_reached(x: FloatTensor<Self>, _then: WhenReached) -> FloatTensor<Self> {
+        x
     }
 
     fn supports_precision(device: &Self::Device, precision: MatmulPrecision) -> bool {

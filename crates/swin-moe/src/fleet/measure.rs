@@ -1,11 +1,13 @@
 //! Measuring ranks and links on a model of the run's own settings.
 
+use std::time::{Duration, Instant};
+
 use burn::module::{Module, Param};
 use burn::tensor::backend::Backend;
 use burn::tensor::{Distribution, Int, Tensor};
 use hexa_moe::parallel::comm::local;
 use hexa_moe::parallel::fleet::{self, Calibration, Fleet, FleetError, MeasuredStep};
-use hexa_moe::parallel::{Communicator, ParallelContext};
+use hexa_moe::parallel::{BackwardEnd, Communicator, ParallelContext};
 use hexa_ops::TrainingBackend;
 
 use super::{FleetJobError, workload};
@@ -223,7 +225,8 @@ impl<B: TrainingBackend> MeasuredStep for ModelStep<B> {
         NARROW
     }
 
-    fn forward_backward(&mut self, samples: usize) -> Result<(), String> {
+    fn forward_backward(&mut self, samples: usize) -> Result<Duration, String> {
+        let (start, end) = (Instant::now(), BackwardEnd::default());
         let config = self.model.config();
         let shape = [
             samples,
@@ -236,21 +239,25 @@ impl<B: TrainingBackend> MeasuredStep for ModelStep<B> {
             labels: Tensor::<B, 1, Int>::zeros([samples], &self.device),
             mixed: None,
         };
-        let output = self.model.forward(images).map_err(|e| e.to_string())?;
-        let loss = cross_entropy(output.logits, targets, 0.1) + output.aux_loss;
-        let gradients = loss.backward();
+        let text = |error: ModelError| error.to_string();
+        let tokens = self.model.embed(images).map_err(text)?;
+        let tokens = end.mark(tokens).map_err(|e| e.to_string())?;
+        let features = self.model.features_of(tokens, samples).map_err(text)?;
+        let logits = self.model.classify(features.features).map_err(text)?;
+        let loss = cross_entropy(logits, targets, 0.1) + features.aux_loss;
+        drop(loss.backward());
         self.synchronise()?;
-        drop(gradients);
-        Ok(())
+        Ok(end.since(start))
     }
 
-    fn update(&mut self) -> Result<u64, String> {
-        // Its gradient is a constant, which takes next to nothing beside the update.
+    fn update(&mut self) -> Result<(u64, Duration), String> {
         let gradients = self.weights.values.val().sum().backward();
+        self.synchronise()?;
+        let start = Instant::now();
         let gradients = self.optimizer.gradients(&self.weights, vec![gradients]);
         let gradients = gradients.map_err(|e| e.to_string())?;
         self.weights = self.optimizer.step(self.weights.clone(), gradients, 1e-3).0;
         self.synchronise()?;
-        Ok(UPDATED as u64)
+        Ok((UPDATED as u64, start.elapsed()))
     }
 }

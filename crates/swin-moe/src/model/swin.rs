@@ -132,10 +132,20 @@ impl<B: ExpertOps> SwinMoe<B> {
     /// As there.
     pub fn features(&self, images: Tensor<B, 4>) -> Result<SwinFeatures<B>> {
         let [batch, ..] = images.dims();
-        let device = images.device();
+        self.features_of(self.embed(images)?, batch)
+    }
+
+    /// Applies all of the model but the patch embedding and the head.
+    ///
+    /// # Shapes
+    /// `x`: as [`SwinMoe::embed`] gives it, `[batch · patches, embed_dim]`
+    ///
+    /// # Errors
+    /// As there.
+    pub fn features_of(&self, mut x: Tensor<B, 2>, batch: usize) -> Result<SwinFeatures<B>> {
+        let device = x.device();
         let mut aux_loss: Option<Tensor<B, 1>> = None;
         let mut loads = Vec::new();
-        let mut x = self.embed(images)?;
         for segment in self.segments() {
             let (y, report) = segment.forward(x)?;
             x = y;

@@ -10,6 +10,7 @@ use hexa_ops::{ExpertIndex, ExpertOps, OpsError, TrainingBackend};
 
 use super::super::comm::Communicator;
 use super::super::context::{ExpertParallel, Mode, ParallelContext};
+use super::super::finish::BackwardEnd;
 use super::super::shard::ExpertShards;
 use super::super::split::split_proportional;
 use super::error::{FleetError, Result};
@@ -67,18 +68,19 @@ pub trait MeasuredStep {
     /// Hidden units of its experts.
     fn expert_units(&self) -> usize;
 
-    /// Forward and backward pass of this many samples, until the device is done.
+    /// Forward and backward pass of this many samples; gives the time until the device was done.
+    /// What `backward` waits for beyond that is no part of it: see [`BackwardEnd`].
     ///
     /// # Errors
     /// In words.
-    fn forward_backward(&mut self, samples: usize) -> core::result::Result<(), String>;
+    fn forward_backward(&mut self, samples: usize) -> core::result::Result<Duration, String>;
 
-    /// The optimizer's update with the last gradients, until the device is done; gives the number
-    /// of parameters that it updates.
+    /// The optimizer's update; gives the number of parameters that it updates, and the time until
+    /// the device was done.
     ///
     /// # Errors
     /// In words.
-    fn update(&mut self) -> core::result::Result<u64, String>;
+    fn update(&mut self) -> core::result::Result<(u64, Duration), String>;
 }
 
 /// Measures all ranks and the links between them; all ranks call it together, and all return the
@@ -128,14 +130,15 @@ pub fn calibrate<B: TrainingBackend>(
     })
 }
 
-/// Mean seconds of `work`, begun by all ranks together and repeated for the same time by all.
+/// Mean seconds that `work` says it took, begun by all ranks together and repeated for the same time
+/// by all.
 ///
 /// The mean, because a rank may have its cores for some of the time only, in slices that are longer
 /// than the work.
 fn measure(
     context: &ParallelContext,
     seconds: f64,
-    mut work: impl FnMut() -> Result<()>,
+    mut work: impl FnMut() -> Result<Duration>,
 ) -> Result<f64> {
     work()?;
     context
@@ -144,12 +147,13 @@ fn measure(
         .map_err(MoeError::from)?;
     let budget = Duration::from_secs_f64(seconds);
     let begin = Instant::now();
+    let mut took = Duration::ZERO;
     let mut repetitions = 0;
     while repetitions < 3 || begin.elapsed() < budget {
-        work()?;
+        took += work()?;
         repetitions += 1;
     }
-    Ok(begin.elapsed().as_secs_f64() / f64::from(repetitions))
+    Ok(took.as_secs_f64() / f64::from(repetitions))
 }
 
 /// Layers that are measured one behind the other: alone, a layer finds its memory warm.
@@ -186,16 +190,17 @@ fn ffn_cost<B: TrainingBackend>(
                 x.require_grad(),
                 gating.weights.clone().detach().require_grad(),
             );
+            let end = BackwardEnd::default();
             let seconds = measure(context, calibration.seconds, || {
-                let mut y = x.clone();
+                let start = Instant::now();
+                let mut y = end.mark(x.clone())?;
                 for layer in &layers {
                     let index = ExpertIndex::from_gating(&gating);
                     y = layer.experts.forward(y, gates.clone(), &index)?;
                 }
-                let gradients = y.sum().backward();
+                drop(y.sum().backward());
                 synchronise::<B>(device)?;
-                drop(gradients);
-                Ok(())
+                Ok(end.since(start))
             })?;
             points.push((tokens, units, seconds / depth as f64));
         }
@@ -246,8 +251,9 @@ fn step_cost(
     let [fixed_s, sample_s] = non_negative(&points).unwrap_or_default();
     let mut params = 0;
     let update = measure(context, calibration.seconds, || {
-        params = step.update().map_err(FleetError::Step)?;
-        Ok(())
+        let took;
+        (params, took) = step.update().map_err(FleetError::Step)?;
+        Ok(took)
     })?;
     Ok(StepCost {
         fixed_s,

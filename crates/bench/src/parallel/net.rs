@@ -9,7 +9,7 @@ use burn::backend::Autodiff;
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::backend::Backend;
-use burn::tensor::{Distribution, Tensor, activation};
+use burn::tensor::{Distribution, Tensor};
 use hexa_moe::parallel::fleet::{FfnShape, LayerShape, MeasuredStep, Workload};
 use hexa_moe::parallel::{
     BackwardEnd, ParallelContext, ParallelPlan, broadcast_parameters, parallelize,
@@ -165,7 +165,7 @@ impl<B: ExpertOps> Net<B> {
             if early {
                 block.moe.prefetch()?;
             }
-            let dense = activation::gelu(block.up.forward(x.clone()));
+            let dense = hexa_ops::gelu(block.up.forward(x.clone()))?;
             x = x + block.down.forward(dense);
             let out = block.moe.try_forward(x.clone())?;
             x = x + out.output;

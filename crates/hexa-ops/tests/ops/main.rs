@@ -14,3 +14,4 @@ mod formulas;
 mod gating;
 mod gelu;
 mod index;
+mod reached;

@@ -6,7 +6,7 @@ use burn::tensor::{Bytes, DType, Element, Shape, TensorMetadata, bf16, f16};
 use burn_flex::{FlexTensor, Layout};
 use rayon::prelude::*;
 
-use super::activation::Transcendental;
+use super::transcendental::Transcendental;
 use crate::backend::RawExpertIndex;
 
 /// An accumulator: f32 or f64.

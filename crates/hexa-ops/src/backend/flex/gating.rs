@@ -2,8 +2,8 @@
 
 use burn_flex::FlexTensor;
 
-use super::activation::Transcendental;
 use super::element::{Matrix, Real, dims2, read_int, write, write_int};
+use super::transcendental::Transcendental;
 use crate::backend::RawGating;
 
 /// Index of the largest value that is not taken; of equal values, and if none compares greater

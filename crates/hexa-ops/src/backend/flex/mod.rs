@@ -10,6 +10,7 @@ mod gating;
 mod index;
 mod matmul;
 mod rows;
+mod transcendental;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::ops::{FloatTensor, FloatTensorOps, IntTensor};

@@ -297,7 +297,7 @@ impl Rank {
         exchange_gradients(context, net, &mut grads)?;
         let all = start.elapsed().as_secs_f64();
         waited += self.meter.waited().as_secs_f64();
-        waited += (returned - end.since(start)).as_secs_f64();
+        waited += returned.saturating_sub(end.since(start)).as_secs_f64();
         Ok([all, all - waited, gather])
     }
 }

@@ -106,6 +106,11 @@ impl TestBackend {
     pub fn prefers_small_shapes(self) -> bool {
         matches!(self, TestBackend::Wgpu | TestBackend::FusionWgpu)
     }
+
+    /// Whether burn-fusion orders the operations.
+    pub fn is_fused(self) -> bool {
+        matches!(self, TestBackend::FusionWgpu | TestBackend::FusionCuda)
+    }
 }
 
 /// Why no back-end can be chosen.

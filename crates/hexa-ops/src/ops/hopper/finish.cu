@@ -87,8 +87,7 @@ extern "C" __global__ void hexa_gate_gradient(
 struct PartParams { u64 elements, chunk, out_stride; };
 
 // out[e] = the sum of its slabs, in order, for the experts with more rows than a chunk; the others'
-// results are there already. Slabs lie in the order of the experts' lengths, as grouped.cu's table has
-// them. One row of cubes for each expert.
+// results are there already. Slabs lie in the order of the experts. One row of cubes for each expert.
 extern "C" __global__ void hexa_sum_parts(const float* __restrict__ parts,
                                           const int* __restrict__ offsets, u16* __restrict__ out,
                                           const __grid_constant__ PartParams p) {
@@ -96,10 +95,9 @@ extern "C" __global__ void hexa_sum_parts(const float* __restrict__ parts,
   int rows = offsets[expert + 1] - offsets[expert];
   if (rows <= chunk) return;
   u64 first = 0;
-  for (int e = 0; e < (int)gridDim.y; ++e) {
+  for (int e = 0; e < expert; ++e) {
     int others = offsets[e + 1] - offsets[e];
-    bool earlier = others > rows || (others == rows && e < expert);
-    if (earlier && others > chunk) first += (others + chunk - 1) / chunk;
+    if (others > chunk) first += (others + chunk - 1) / chunk;
   }
   int count = (rows + chunk - 1) / chunk;
   for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < p.elements / 4;

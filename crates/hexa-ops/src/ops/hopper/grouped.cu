@@ -76,94 +76,125 @@ struct Tile {
   int part;   // SUMS: slab of the partial sums, or -1 for the result itself
 };
 
-// Tiles before each expert, and (SPLIT) slabs of partial sums before it, in the order in which
-// experts are worked on: in SUMS those with the longest sums first, so that no cluster begins with
-// one when the others are nearly done.
+// Positions are worked on in runs: those of an expert or, if its sums are cut into parts, its full
+// parts and what is left of it. In SUMS the longest come first, so that no cluster begins with one
+// when the others are nearly done.
+#define RUNS (PROBLEM_SUMS && SPLIT ? 2 : 1)  // for each expert
 struct Table {
-  int* begin;  // [num_experts + 1] positions, by expert
-  int* order;  // [num_experts] experts
-  int* tiles;  // [num_experts + 1]
-  int* parts;  // [num_experts + 1]
+  int* begin;  // [num_experts + 1] first positions, by expert
+  int* parts;  // [num_experts + 1] SPLIT: slabs of partial sums before an expert's
+  int* order;  // [RUNS * num_experts] runs
+  int* tiles;  // [RUNS * num_experts + 1] pairs of tiles before each of the ordered runs
 };
 
-__device__ __forceinline__ int parts_of(int rows, const Params& p) {
-#if PROBLEM_SUMS && SPLIT
-  return rows > (int)p.chunk ? (rows + (int)p.chunk - 1) / (int)p.chunk : 1;
+// `count` parts of `len` positions each, one behind the other.
+struct Run {
+  int count, len, first;
+};
+
+__device__ __forceinline__ Run find_run(Table table, int run, const Params& p) {
+  int expert = run / RUNS, first = table.begin[expert], rows = table.begin[expert + 1] - first;
+#if RUNS == 2
+  int chunk = (int)p.chunk, full = rows > chunk ? rows / chunk : 0;
+  if (run % 2 == 0) return {full, chunk, first};
+  int rest = rows - full * chunk;
+  return {full == 0 || rest > 0, rest, first + full * chunk};
 #else
-  return 1;
+  return {1, rows, first};
 #endif
+}
+
+// out[i] = own(0) + ... + own(i - 1), for i up to count. One warp.
+template <typename Own>
+__device__ __forceinline__ void sums_before(int* out, int count, Own own) {
+  int lane = threadIdx.x % 32, sum = 0;
+  if (lane == 0) out[0] = 0;
+  for (int base = 0; base < count; base += 32) {
+    int i = base + lane, value = i < count ? own(i) : 0;
+    for (int step = 1; step < 32; step *= 2) {
+      int left = __shfl_up_sync(~0u, value, step);
+      if (lane >= step) value += left;
+    }
+    if (i < count) out[i + 1] = sum + value;
+    sum += __shfl_sync(~0u, value, 31);
+  }
 }
 
 __device__ __forceinline__ void build_table(Table table, const int* offsets, const Params& p) {
-  int experts = (int)p.num_experts;
+  int experts = (int)p.num_experts, runs = RUNS * experts;
   int n_tiles = ((int)p.n + BN - 1) / BN;
   for (int e = threadIdx.x; e <= experts; e += blockDim.x) table.begin[e] = offsets[e];
   __syncthreads();
-  for (int e = threadIdx.x; e < experts; e += blockDim.x) {
-    int rank = e;
 #if PROBLEM_SUMS
-    int rows = table.begin[e + 1] - table.begin[e];
-    rank = 0;
-    for (int other = 0; other < experts; ++other) {
-      int others = table.begin[other + 1] - table.begin[other];
-      rank += others > rows || (others == rows && other < e);
-    }
-#endif
-    table.order[rank] = e;
-  }
+  int* lengths = table.tiles;  // until the tiles are counted
+  for (int r = threadIdx.x; r < runs; r += blockDim.x) lengths[r] = find_run(table, r, p).len;
   __syncthreads();
-  if (threadIdx.x < 32) {
-    int lane = threadIdx.x, tiles = 0, slabs = 0;
-    if (lane == 0) table.tiles[0] = table.parts[0] = 0;
-    for (int base = 0; base < experts; base += 32) {
-      int e = base + lane, own = 0, own_slabs = 0;
-      if (e < experts) {
-        int rows = table.begin[table.order[e] + 1] - table.begin[table.order[e]];
-#if PROBLEM_SUMS
-        int parts = parts_of(rows, p);
-        own = parts * (((int)p.m + 2 * BM - 1) / (2 * BM)) * n_tiles;
-        own_slabs = parts > 1 ? parts : 0;
-#else
-        own = (rows + 2 * BM - 1) / (2 * BM) * n_tiles;
-#endif
-      }
-      for (int step = 1; step < 32; step *= 2) {
-        int left = __shfl_up_sync(~0u, own, step);
-        int left_slabs = __shfl_up_sync(~0u, own_slabs, step);
-        if (lane >= step) { own += left; own_slabs += left_slabs; }
-      }
-      if (e < experts) { table.tiles[e + 1] = tiles + own; table.parts[e + 1] = slabs + own_slabs; }
-      tiles += __shfl_sync(~0u, own, 31);
-      slabs += __shfl_sync(~0u, own_slabs, 31);
-    }
+  for (int r = threadIdx.x; r < runs; r += blockDim.x) {
+    int length = lengths[r], rank = 0;
+    for (int other = 0; other < runs; ++other)
+      rank += lengths[other] > length || (lengths[other] == length && other < r);
+    table.order[rank] = r;
   }
+#else
+  for (int r = threadIdx.x; r < runs; r += blockDim.x) table.order[r] = r;
+#endif
+  __syncthreads();
+  if (threadIdx.x < 32)
+    sums_before(table.tiles, runs, [&](int i) {
+      Run run = find_run(table, table.order[i], p);
+#if PROBLEM_SUMS
+      return run.count * (((int)p.m + 2 * BM - 1) / (2 * BM)) * n_tiles;
+#else
+      return (run.len + 2 * BM - 1) / (2 * BM) * n_tiles;
+#endif
+    });
+#if RUNS == 2
+  else if (threadIdx.x < 64)
+    sums_before(table.parts, experts, [&](int e) {
+      int rows = table.begin[e + 1] - table.begin[e], chunk = (int)p.chunk;
+      return rows > chunk ? (rows + chunk - 1) / chunk : 0;
+    });
+#endif
   __syncthreads();
 }
 
-// This cube's tile of the cluster's pair number `index`: experts one after the other; within one,
+// Number of the pair of tiles that this cluster works on in a round. Sums, of which the longest come
+// first, are dealt out forth and back.
+__device__ __forceinline__ int dealt(int round) {
+  int clusters = gridDim.x / CLUSTER, cluster = blockIdx.x / CLUSTER;
+#if PROBLEM_SUMS
+  if (round % 2) cluster = clusters - 1 - cluster;
+#endif
+  return round * clusters + cluster;
+}
+
+// This cube's tile of the cluster's pair number `index`: runs one after the other; within one,
 // groups of GROUP_M pairs by all column tiles, so that what runs at one time shares operands in the
 // cache. The second tile of a pair may be empty.
 __device__ __forceinline__ Tile find_tile(Table table, int index, int rank, const Params& p) {
-  int low = 0, high = (int)p.num_experts;
+  int low = 0, high = RUNS * (int)p.num_experts;
   while (high - low > 1) {
     int middle = (low + high) / 2;
     if (table.tiles[middle] <= index) low = middle; else high = middle;
   }
+  Run run = find_run(table, table.order[low], p);
   Tile tile;
-  tile.expert = table.order[low];
-  int begin = table.begin[tile.expert], rows = table.begin[tile.expert + 1] - begin;
+  tile.expert = table.order[low] / RUNS;
+  tile.part = -1;
   int n_tiles = ((int)p.n + BN - 1) / BN;
   int local = index - table.tiles[low];
 #if PROBLEM_SUMS
   int m_tiles = ((int)p.m + 2 * BM - 1) / (2 * BM);
-  int part = local / (m_tiles * n_tiles);
+  tile.first = run.first + local / (m_tiles * n_tiles) * run.len;
+  tile.len = run.len;
   local %= m_tiles * n_tiles;
-  int parts = parts_of(rows, p);
-  tile.part = parts > 1 ? table.parts[low] + part : -1;
-  tile.first = parts > 1 ? begin + part * (int)p.chunk : begin;
-  tile.len = parts > 1 ? min((int)p.chunk, begin + rows - tile.first) : rows;
+#if SPLIT
+  int begin = table.begin[tile.expert], chunk = (int)p.chunk;
+  if (table.begin[tile.expert + 1] - begin > chunk)
+    tile.part = table.parts[tile.expert] + (tile.first - begin) / chunk;
+#endif
 #else
-  int m_tiles = (rows + 2 * BM - 1) / (2 * BM);
+  int m_tiles = (run.len + 2 * BM - 1) / (2 * BM);
 #endif
   int group = local / (GROUP_M * n_tiles);
   int first_m = group * GROUP_M, height = min(GROUP_M, m_tiles - first_m);
@@ -171,9 +202,8 @@ __device__ __forceinline__ Tile find_tile(Table table, int index, int rank, cons
   tile.m0 = (first_m + rest % height) * (2 * BM) + rank * BM;
   tile.n0 = rest / height * BN;
 #if !PROBLEM_SUMS
-  tile.part = -1;
-  tile.first = begin + tile.m0;
-  tile.len = max(0, min(BM, rows - tile.m0));
+  tile.first = run.first + tile.m0;
+  tile.len = max(0, min(BM, run.len - tile.m0));
 #endif
   return tile;
 }
@@ -260,9 +290,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
   u32 full = base + SHARED_BARRIERS, empty = full + STAGES * 8;
   Table table;
   table.begin = (int*)(shared + SHARED_TABLE);
-  table.order = table.begin + p.num_experts + 1;
-  table.tiles = table.order + p.num_experts;
-  table.parts = table.tiles + p.num_experts + 1;
+  table.parts = table.begin + p.num_experts + 1;
+  table.order = table.parts + p.num_experts + 1;
+  table.tiles = table.order + RUNS * p.num_experts;
   int rank = blockIdx.x % CLUSTER;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {
@@ -273,7 +303,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
   }
   build_table(table, offsets, p);
   cluster_sync();
-  int num_tiles = table.tiles[p.num_experts];
+  int num_tiles = table.tiles[RUNS * p.num_experts];
 
   if (threadIdx.x >= CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
@@ -281,7 +311,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
     int chunk = producer & 7, line = producer >> 3;
     auto place = [&](int row) { return row * 128 + ((chunk ^ (row & 7)) << 4); };
     int turn = 0;
-    for (int index = blockIdx.x / CLUSTER; index < num_tiles; index += gridDim.x / CLUSTER) {
+    for (int round = 0, index; (index = dealt(round)) < num_tiles; ++round) {
       Tile tile = find_tile(table, index, rank, p);
 #if PROBLEM_SUMS
       int steps = (tile.len + BK - 1) / BK;
@@ -379,7 +409,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
   int group = warp / 4;
   u32 patch = base + STAGES * STAGE_BYTES + warp * 2048;
   int turn = 0;
-  for (int index = blockIdx.x / CLUSTER; index < num_tiles; index += gridDim.x / CLUSTER) {
+  for (int round = 0, index; (index = dealt(round)) < num_tiles; ++round) {
     Tile tile = find_tile(table, index, rank, p);
 #if PROBLEM_SUMS
     int steps = (tile.len + BK - 1) / BK;

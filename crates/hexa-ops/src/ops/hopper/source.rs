@@ -29,6 +29,12 @@ const PATCH_BYTES: usize = 16 * 64 * 2;
 /// Most experts that the kernels' shared memory has room for.
 pub(super) const MAX_EXPERTS: usize = 512;
 
+/// Bytes of shared memory that a cube may use.
+const SHARED_BYTES: usize = 232_448;
+
+/// Most stages that pay.
+const MAX_STAGES: usize = 6;
+
 /// Summed elements of a stage.
 pub(super) const STAGE_DEPTH: usize = 64;
 
@@ -103,20 +109,29 @@ impl Variant {
         self.a == RowOrder::Expert
     }
 
-    /// Stages that fit into the shared memory.
-    fn stages(&self) -> usize {
-        match self.columns {
-            256 => 4,
-            192 => 5,
-            _ => 6,
-        }
+    /// Bytes of a stage and its barriers.
+    fn stage_bytes(&self) -> usize {
+        (TILE_ROWS + self.columns) * STAGE_DEPTH * 2 + 16
     }
 
-    /// Bytes of dynamic shared memory: stages, eight patches, barriers and the tile table.
+    /// Bytes of shared memory beside the stages: eight patches and the table of tiles.
+    fn other_bytes(&self) -> usize {
+        let runs = match self.problem {
+            Problem::Sums { split: true, .. } => 2 * self.num_experts,
+            _ => self.num_experts,
+        };
+        let table = 4 * (2 * (self.num_experts + 1) + 2 * runs + 1);
+        8 * PATCH_BYTES + table.next_multiple_of(1024)
+    }
+
+    /// Stages that fit into the shared memory.
+    fn stages(&self) -> usize {
+        ((SHARED_BYTES - self.other_bytes()) / self.stage_bytes()).min(MAX_STAGES)
+    }
+
+    /// Bytes of dynamic shared memory.
     pub(super) fn shared_bytes(&self) -> usize {
-        let stage = (TILE_ROWS + self.columns) * STAGE_DEPTH * 2;
-        let table = (4 * 4 * (self.num_experts + 1)).next_multiple_of(1024);
-        self.stages() * (stage + 16) + 8 * PATCH_BYTES + table
+        self.stages() * self.stage_bytes() + self.other_bytes()
     }
 
     /// The whole text.
@@ -244,7 +259,7 @@ mod tests {
             a: RowOrder::Token,
             problem: Problem::Sums {
                 out_transposed: true,
-                split: false,
+                split: true,
             },
             top_k: 2,
             has_bias: false,
@@ -256,10 +271,17 @@ mod tests {
 
     #[test]
     fn shared_memory_suffices_for_the_most_experts() {
-        for columns in [128, 192, 256] {
-            let bytes = variant(columns, MAX_EXPERTS).shared_bytes();
-            assert!(bytes <= 232_448, "{columns}: {bytes}");
+        for (columns, stages) in [(128, 6), (192, 4), (256, 4)] {
+            let variant = variant(columns, MAX_EXPERTS);
+            assert_eq!(variant.stages(), stages, "{columns}");
+            assert!(variant.shared_bytes() <= SHARED_BYTES, "{columns}");
         }
+    }
+
+    #[test]
+    fn few_experts_leave_room_for_more_stages() {
+        let stages = [128, 192, 256].map(|columns| variant(columns, 8).stages());
+        assert_eq!(stages, [6, 5, 4]);
     }
 
     #[test]

@@ -178,6 +178,6 @@ fn on<K: hexa_ops::ExpertKernels>(shape: Shape, arguments: &Arguments) -> Result
         K::supports_dtype(&device, dtype),
         "this device has no {dtype:?}; measure another type"
     );
-    verify::verify::<Autodiff<K>>(shape, dtype, &device)?;
+    verify::verify::<Autodiff<K>>(shape, dtype, arguments.skew, &device)?;
     measure::<K>(shape, dtype, arguments.skew, arguments.repetitions, &device)
 }

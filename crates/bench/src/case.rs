@@ -9,7 +9,8 @@ use burn::backend::Autodiff;
 use burn::tensor::backend::{AutodiffBackend, Backend, BackendTypes};
 use burn::tensor::{DType, Distribution, Tensor, TensorData};
 use hexa_ops::{
-    ExpertIndex, ExpertKernels, ExpertParams, FfnOptions, TrainingBackend, expert_ffn, topk_gating,
+    ExpertIndex, ExpertKernels, ExpertParams, Favor, FfnOptions, TrainingBackend, expert_ffn,
+    topk_gating,
 };
 use serde::Serialize;
 
@@ -90,13 +91,32 @@ pub struct Inputs<B: TrainingBackend> {
     pub logits: Tensor<B, 2>,
     /// The experts.
     pub params: ExpertParams<B>,
+    favor: Favor,
+}
+
+/// What is measured.
+#[derive(Debug, Clone, Copy)]
+pub struct Setting {
+    /// Extents.
+    pub shape: Shape,
+    /// Type of tokens and weights.
+    pub dtype: DType,
+    /// Exponent of Zipf's distribution, in proportion to which tokens choose experts; 0: all alike.
+    pub skew: f64,
+    /// What the layer's kernels choose where they could have either.
+    pub favor: Favor,
 }
 
 impl<B: TrainingBackend> Inputs<B> {
     /// Normal tokens, weights scaled by their fan-in. The router's logits are such that the choices
-    /// are drawn without replacement in proportion to Zipf's distribution with exponent `skew`
-    /// (0: all experts alike).
-    pub fn random(shape: Shape, dtype: DType, skew: f64, device: &B::Device) -> Self {
+    /// are drawn without replacement in proportion to Zipf's distribution.
+    pub fn random(setting: Setting, device: &B::Device) -> Self {
+        let Setting {
+            shape,
+            dtype,
+            skew,
+            favor,
+        } = setting;
         let normal = |std: f64| Distribution::Normal(0.0, std);
         let Shape {
             tokens,
@@ -122,6 +142,7 @@ impl<B: TrainingBackend> Inputs<B> {
                 w2: stack([num_experts, d_ff, d_model], fan_in(d_ff)),
                 b2: Some(matrix([num_experts, d_model], normal(0.1))),
             },
+            favor,
         }
     }
 
@@ -134,7 +155,10 @@ impl<B: TrainingBackend> Inputs<B> {
 
     /// The expert FFN of given choices and weights.
     pub fn experts(&self, gates: Tensor<B, 2>, index: &ExpertIndex<B>) -> Result<Tensor<B, 2>> {
-        let options = FfnOptions::default();
+        let options = FfnOptions {
+            favor: self.favor,
+            ..FfnOptions::default()
+        };
         let y = expert_ffn(
             self.x.clone(),
             gates,
@@ -185,13 +209,12 @@ pub struct Timings {
 
 /// Times a case; the device is synchronised around each repetition, which is [`RUNS`] runs.
 pub fn measure<K: ExpertKernels>(
-    shape: Shape,
-    dtype: DType,
-    skew: f64,
+    setting: Setting,
     repetitions: u32,
     device: &<Autodiff<K> as BackendTypes>::Device,
 ) -> Result<Timings> {
-    let inputs = Inputs::<Autodiff<K>>::random(shape, dtype, skew, device);
+    let Setting { shape, dtype, .. } = setting;
+    let inputs = Inputs::<Autodiff<K>>::random(setting, device);
     let normal = Distribution::Normal(0.0, 1.0);
     let upstream =
         Tensor::<K, 2>::random([shape.tokens, shape.d_model], normal, device).cast(dtype);

@@ -16,9 +16,9 @@ use anyhow::{Context, Result, bail, ensure};
 use burn::backend::Autodiff;
 use burn::tensor::DType;
 use burn::tensor::backend::{Backend, BackendTypes};
-use case::{Shape, measure};
+use case::{Setting, Shape, measure};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use hexa_ops::backends;
+use hexa_ops::{Favor, backends};
 use report::Report;
 
 /// Times the expert FFN, forward and forward + backward.
@@ -66,6 +66,9 @@ struct Arguments {
     /// Exponent of Zipf's distribution, in proportion to which tokens choose experts.
     #[arg(long, default_value_t = 0.0)]
     skew: f64,
+    /// What the layer's kernels choose where they could have either.
+    #[arg(long, value_enum, default_value = "speed")]
+    favor: FavorName,
     /// Timed repetitions after two that are not counted.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repetitions: u32,
@@ -79,6 +82,21 @@ enum BackendName {
     Cpu,
     Wgpu,
     Cuda,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum FavorName {
+    Speed,
+    Memory,
+}
+
+impl FavorName {
+    fn favor(self) -> Favor {
+        match self {
+            FavorName::Speed => Favor::Speed,
+            FavorName::Memory => Favor::Memory,
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -178,6 +196,12 @@ fn on<K: hexa_ops::ExpertKernels>(shape: Shape, arguments: &Arguments) -> Result
         K::supports_dtype(&device, dtype),
         "this device has no {dtype:?}; measure another type"
     );
-    verify::verify::<Autodiff<K>>(shape, dtype, arguments.skew, &device)?;
-    measure::<K>(shape, dtype, arguments.skew, arguments.repetitions, &device)
+    let setting = Setting {
+        shape,
+        dtype,
+        skew: arguments.skew,
+        favor: arguments.favor.favor(),
+    };
+    verify::verify::<Autodiff<K>>(setting, &device)?;
+    measure::<K>(setting, arguments.repetitions, &device)
 }

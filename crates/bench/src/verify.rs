@@ -8,7 +8,7 @@ use hexa_ops::testing::compare::{host, relative_error};
 use hexa_ops::testing::oracle::{Ffn, FfnTensors, Routing};
 use hexa_ops::{Activation, ExpertIndex, TrainingBackend, topk_gating};
 
-use crate::case::{Inputs, Shape, leaf};
+use crate::case::{Inputs, Setting, Shape, leaf};
 
 /// Largest relative error ‖a − b‖ / ‖b‖.
 fn tolerance(dtype: DType) -> f64 {
@@ -92,13 +92,9 @@ impl Sample {
 ///
 /// # Errors
 /// What differs, and by how much.
-pub fn verify<B: TrainingBackend>(
-    shape: Shape,
-    dtype: DType,
-    skew: f64,
-    device: &B::Device,
-) -> Result<()> {
-    let inputs = Inputs::<B>::random(shape, dtype, skew, device);
+pub fn verify<B: TrainingBackend>(setting: Setting, device: &B::Device) -> Result<()> {
+    let Setting { shape, dtype, .. } = setting;
+    let inputs = Inputs::<B>::random(setting, device);
     let gating = topk_gating(inputs.logits.clone(), shape.top_k, true)?;
     let gates = leaf(gating.weights.clone(), dtype);
     let index = ExpertIndex::from_gating(&gating);

@@ -2,7 +2,7 @@
 
 use burn::config::Config;
 use burn::tensor::backend::Backend;
-use hexa_ops::{Activation, ExpertOps, MatmulPrecision, OpsError};
+use hexa_ops::{Activation, ExpertOps, Favor, MatmulPrecision, OpsError};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{MoeError, Result};
@@ -140,6 +140,10 @@ pub struct MoeConfig {
     /// to other experts: they are strict with `bf16` and `f16`. Default: strict f32.
     #[serde(default)]
     pub precision: MatmulPrecision,
+    /// Whether the experts' kernels choose the shortest time or the least memory where they differ.
+    /// Default: speed.
+    #[serde(default)]
+    pub favor: Favor,
 }
 
 /// Lets [`MoeConfig`] be a field of a `#[derive(Config)]` struct, and be saved and loaded as JSON.
@@ -191,6 +195,7 @@ setters! {
     with_router_init_std => router_init_std: f64,
     with_balance => balance: BalanceConfig,
     with_precision => precision: MatmulPrecision,
+    with_favor => favor: Favor,
 }
 
 impl MoeConfig {
@@ -213,6 +218,7 @@ impl MoeConfig {
             router_init_std: default_init_std(),
             balance: BalanceConfig::default(),
             precision: MatmulPrecision::default(),
+            favor: Favor::default(),
         }
     }
 
@@ -272,6 +278,7 @@ impl MoeConfig {
                 (true, true) => FfnBias::Trained,
             },
             precision: self.precision,
+            favor: self.favor,
         }
     }
 

@@ -4,7 +4,7 @@ use burn::module::{Initializer, Module, Param, ParamId};
 use burn::tensor::backend::Backend;
 use burn::tensor::{Distribution, Int, Tensor};
 use hexa_ops::{
-    Activation, ExpertIndex, ExpertOps, ExpertParams, FfnOptions, Gating, MatmulPrecision,
+    Activation, ExpertIndex, ExpertOps, ExpertParams, Favor, FfnOptions, Gating, MatmulPrecision,
 };
 
 use crate::error::Result;
@@ -34,6 +34,9 @@ pub struct Experts<B: Backend> {
     /// in, if it says so.
     #[module(skip)]
     pub precision: MatmulPrecision,
+    /// What kernels that could have either choose.
+    #[module(skip)]
+    pub favor: Favor,
 }
 
 /// Which biases experts have.
@@ -55,6 +58,7 @@ pub(crate) struct ExpertsSpec {
     pub init_std: f64,
     pub bias: FfnBias,
     pub precision: MatmulPrecision,
+    pub favor: Favor,
 }
 
 impl ExpertsSpec {
@@ -85,6 +89,7 @@ impl ExpertsSpec {
             dropout: self.dropout,
             activation: self.activation,
             precision: self.precision,
+            favor: self.favor,
         }
     }
 }
@@ -158,6 +163,7 @@ impl<B: ExpertOps> Experts<B> {
             } else {
                 0.0
             },
+            favor: self.favor,
         };
         (options, seed)
     }

@@ -77,4 +77,6 @@ pub use moe::{Moe, MoeOutput};
 pub use router::{CosineScorer, Router, Routing, Scorer};
 pub use upcycle::{DenseFfn, ExpertNoise};
 
-pub use hexa_ops::{Activation, ExpertOps, MatmulPrecision, OpsError, TrainingBackend, backends};
+pub use hexa_ops::{
+    Activation, ExpertOps, Favor, MatmulPrecision, OpsError, TrainingBackend, backends,
+};

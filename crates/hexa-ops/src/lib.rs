@@ -50,4 +50,4 @@ pub use api::{
 };
 pub use backend::{ExpertKernels, ExpertOps, TrainingBackend};
 pub use error::{OpsError, Result};
-pub use types::{Activation, FfnOptions, MatmulPrecision, RowOrder};
+pub use types::{Activation, Favor, FfnOptions, MatmulPrecision, RowOrder};

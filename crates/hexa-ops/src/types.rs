@@ -81,6 +81,20 @@ pub struct FfnOptions {
     pub activation: Activation,
     /// Probability that an activated value is zeroed; the others are scaled by `1 / (1 − p)`.
     pub dropout: f32,
+    /// What kernels that could have either choose.
+    pub favor: Favor,
+}
+
+/// What matters more where a layer can have either. Results are the same up to rounding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Favor {
+    /// The shortest time.
+    #[default]
+    Speed,
+    /// The smallest peak of memory. On Hopper GPUs in half precision, with several choices per token,
+    /// a layer keeps half of its activations at one time; elsewhere it changes nothing.
+    Memory,
 }
 
 impl FfnOptions {

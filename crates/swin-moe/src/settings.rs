@@ -48,6 +48,7 @@ pub fn model_config(config: &Config, num_classes: usize) -> Result<SwinMoeConfig
             dropout: moe.dropout,
             balance: balance.with_z_loss(moe.z_loss_weight),
             shared_d_ff: moe.shared_d_ff.unwrap_or(0),
+            favor: moe.favor,
         },
         precision: config.train.precision.matmul(),
     };

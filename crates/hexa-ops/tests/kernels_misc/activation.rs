@@ -83,6 +83,7 @@ fn options() -> impl Iterator<Item = FfnOptions> {
         [0.0, 0.3].map(|dropout| FfnOptions {
             activation,
             dropout,
+            ..FfnOptions::default()
         })
     })
 }
@@ -152,7 +153,7 @@ fn extreme<K: ExpertKernels>() {
     for activation in Activation::ALL {
         let options = FfnOptions {
             activation,
-            dropout: 0.0,
+            ..FfnOptions::default()
         };
         let d_ff = 8 / activation.hidden_width(1);
         let case = Case::new(&mut numbers, [1, 1, 1, d_ff, 1], options);

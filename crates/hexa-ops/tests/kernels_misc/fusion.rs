@@ -132,6 +132,7 @@ fn same_bits<P: ExpertKernels, F: ExpertKernels>() {
         let options = FfnOptions {
             activation,
             dropout,
+            ..FfnOptions::default()
         };
         let fused = everything::<F>(options, biased);
         let plain = everything::<P>(options, biased);

@@ -4,7 +4,7 @@ use burn::tensor::DType;
 use hexa_ops::testing::backend::{TestBackend, skip};
 use hexa_ops::testing::compare::{Tolerance, Values, check_close};
 use hexa_ops::testing::oracle::{FfnTensors, Routing};
-use hexa_ops::{Activation, TrainingBackend, backend_test};
+use hexa_ops::{Activation, Favor, TrainingBackend, backend_test};
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 
@@ -127,6 +127,7 @@ fn named_case(tokens: usize, top_k: usize, num_experts: usize, spread: Spread) -
         biases: (true, true),
         dropout: 0.0,
         dropout_seed: [1, 2],
+        favor: Favor::Speed,
         layouts: [Layout::Contiguous; FfnTensors::COUNT],
         strided_grad: false,
         seed: 23,
@@ -264,6 +265,37 @@ fn most_half_tokens() -> usize {
     if small { 40 } else { 600 }
 }
 
+/// Results that take the largest tiles, sums in parts, and so many tokens that a pass is cut. Where
+/// that costs too much the same widths have few tokens.
+fn half_precision_of_large_results<B: TrainingBackend>() {
+    let few = most_half_tokens() < 600;
+    for (tokens, top_k, num_experts, spread, d_model, d_ff, favor) in [
+        (150, 2, 8, Spread::Distinct, 376, 1528, Favor::Speed),
+        (150, 1, 8, Spread::One, 376, 1528, Favor::Speed),
+        (9000, 2, 2, Spread::Distinct, 16, 512, Favor::Memory),
+        (9000, 2, 3, Spread::Free, 8, 512, Favor::Memory),
+    ] {
+        let case = FfnCase {
+            d_model,
+            d_ff,
+            favor,
+            ..named_case(if few { 30 } else { tokens }, top_k, num_experts, spread)
+        };
+        for dtype in [DType::F16, DType::BF16] {
+            if !B::supports_dtype(&B::Device::default(), dtype) {
+                skip(
+                    "ffn_in_half_precision_of_large_results",
+                    &format!("no {dtype:?} here"),
+                );
+                continue;
+            }
+            let allowed = Tolerance::of(dtype).rtol;
+            half_precision_case::<B>(&case, dtype, allowed)
+                .unwrap_or_else(|failure| panic!("{dtype:?} {case:?}: {failure}"));
+        }
+    }
+}
+
 fn norm_error(name: &str, got: &[f64], expected: &[f64], allowed: f64) -> Outcome {
     let error = hexa_ops::testing::compare::relative_error(got, expected);
     prop_assert!(error <= allowed, "{name}: relative error {error:e}");
@@ -296,5 +328,9 @@ backend_test!(ffn_in_half_precision, half_precision);
 backend_test!(
     ffn_in_half_precision_of_aligned_widths,
     half_precision_of_aligned_widths
+);
+backend_test!(
+    ffn_in_half_precision_of_large_results,
+    half_precision_of_large_results
 );
 backend_test!(ffn_is_deterministic, two_runs_have_the_same_bits);

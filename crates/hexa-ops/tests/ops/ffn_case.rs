@@ -4,7 +4,7 @@ use burn::tensor::{DType, Tensor};
 use hexa_ops::testing::compare::host;
 use hexa_ops::testing::oracle::{Ffn, FfnTensors};
 use hexa_ops::{
-    Activation, ExpertIndex, ExpertParams, FfnOptions, Result, TrainingBackend, expert_ffn,
+    Activation, ExpertIndex, ExpertParams, Favor, FfnOptions, Result, TrainingBackend, expert_ffn,
 };
 use proptest::prelude::*;
 
@@ -26,6 +26,7 @@ pub struct FfnCase {
     pub biases: (bool, bool),
     pub dropout: f32,
     pub dropout_seed: [u32; 2],
+    pub favor: Favor,
     pub layouts: [Layout; FfnTensors::COUNT],
     /// Whether the output's gradient arrives transposed.
     pub strided_grad: bool,
@@ -78,6 +79,11 @@ pub fn ffn_case(most: usize) -> impl Strategy<Value = FfnCase> {
                 biases,
                 dropout,
                 dropout_seed,
+                favor: if seed % 2 == 0 {
+                    Favor::Speed
+                } else {
+                    Favor::Memory
+                },
                 layouts,
                 strided_grad,
                 seed,
@@ -137,6 +143,7 @@ impl FfnCase {
         FfnOptions {
             activation: self.activation,
             dropout: self.dropout,
+            favor: self.favor,
         }
     }
 }

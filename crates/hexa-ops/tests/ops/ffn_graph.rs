@@ -208,6 +208,7 @@ fn shared_case() -> FfnCase {
         biases: (false, false),
         dropout: 0.0,
         dropout_seed: [0, 0],
+        favor: hexa_ops::Favor::Speed,
         layouts: [crate::cases::Layout::Contiguous; FfnTensors::COUNT],
         strided_grad: false,
         seed: 2,

@@ -1,6 +1,6 @@
 //! The sections as they stand in a file, with their defaults.
 
-use hexa_ops::Activation;
+use hexa_ops::{Activation, Favor};
 use serde::{Deserialize, Serialize};
 
 use super::init::Freeze;
@@ -115,6 +115,8 @@ pub struct RawMoe {
     pub init_std: f64,
     /// Hidden width of the shared expert that every token passes through; 0 for none.
     pub shared_d_ff: usize,
+    /// `"speed"` or `"memory"`: what the experts' kernels choose where they could have either.
+    pub favor: Favor,
 }
 
 impl Default for RawMoe {
@@ -136,6 +138,7 @@ impl Default for RawMoe {
             fc2_bias: true,
             init_std: 0.02,
             shared_d_ff: 0,
+            favor: Favor::Speed,
         }
     }
 }

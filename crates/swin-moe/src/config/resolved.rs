@@ -71,6 +71,7 @@ impl MoeSettings {
             fc2_bias: self.fc2_bias,
             init_std: self.init_std,
             shared_d_ff: self.shared_d_ff.unwrap_or(0),
+            favor: self.favor,
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use hexa_ops::{Activation, MatmulPrecision};
+use hexa_ops::{Activation, Favor, MatmulPrecision};
 use serde::{Deserialize, Serialize};
 
 use super::init::InitConfig;
@@ -97,6 +97,8 @@ pub struct MoeSettings {
     pub init_std: f64,
     /// Hidden width of the shared expert; `None` for no shared expert.
     pub shared_d_ff: Option<usize>,
+    /// What the experts' kernels choose where they could have either.
+    pub favor: Favor,
 }
 
 /// How tokens are compared with experts.

@@ -1,6 +1,6 @@
 //! The model's configuration and its checks.
 
-use hexa_moe::{Activation, BalanceConfig, MoeConfig, RouterConfig};
+use hexa_moe::{Activation, BalanceConfig, Favor, MoeConfig, RouterConfig};
 use hexa_ops::{ExpertOps, MatmulPrecision};
 use serde::{Deserialize, Serialize};
 
@@ -72,6 +72,8 @@ pub struct MoeSettings {
     /// Hidden width of the shared expert, which every token passes through besides its chosen
     /// ones; 0 for none.
     pub shared_d_ff: usize,
+    /// Whether the experts' kernels choose the shortest time or the least memory where they differ.
+    pub favor: Favor,
 }
 
 impl Default for SwinMoeConfig {
@@ -110,6 +112,7 @@ impl Default for MoeSettings {
             dropout: 0.0,
             balance: BalanceConfig::default(),
             shared_d_ff: 0,
+            favor: Favor::Speed,
         }
     }
 }
@@ -249,6 +252,7 @@ impl SwinMoeConfig {
             .with_router_init_std(self.init_std)
             .with_balance(moe.balance)
             .with_precision(self.precision)
+            .with_favor(moe.favor)
     }
 
     /// Sizes of every stage and block.

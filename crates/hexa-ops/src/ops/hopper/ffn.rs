@@ -4,16 +4,20 @@
 //! with the gate weight and, with one choice per token, writes the result's rows. Backward, the
 //! product with `W2ᵀ` ends with the activation's gradient, writes the pre-activation's gradient
 //! over the pre-activation if nobody else holds it, and leaves a share of the gate weights'
-//! gradient for each column tile. It may be done in two pieces, so that only half of the weighted
+//! gradient for each column tile. If memory is favored the forward pass works in two windows of
+//! positions and the backward pass in two pieces of the hidden width, so that only half of the
 //! activations are there at one time.
+
+use std::ops::Range;
 
 use burn::tensor::DType;
 use cubecl::server::KernelArguments;
 
 use super::launch::{
-    Rows, accepts, contiguous_index, packed, prepared_rows, rows_aligned, slice, sums, sums_into,
+    Rows, accepts, contiguous_index, multiprocessors, packed, prepared_rows, rows_aligned, slice,
+    sums, sums_into,
 };
-use super::plan::gradient_piece;
+use super::plan::{first_window, gradient_piece};
 use super::source::{Epilogue, FINISH_THREADS};
 use super::task::Kernel;
 use super::{FfnArgs, Tensor};
@@ -21,7 +25,7 @@ use crate::backend::{FfnBackwardArgs, FfnForward, FfnGrads, FfnWeights, RawExper
 use crate::ops::combine::launch::combine;
 use crate::ops::device::empty;
 use crate::ops::ess::launch::ess;
-use crate::types::{FfnOptions, RowOrder};
+use crate::types::RowOrder;
 
 /// Order in which one row per slot is written, so that a token's rows are its result or lie
 /// together.
@@ -42,18 +46,12 @@ fn add_choices(rows: Tensor, index: RawExpertIndex<Tensor>) -> Tensor {
     }
 }
 
-/// Whether the fused kernels are used with these options. The epilogues of gated activations have
-/// not run on a GPU since they were rewritten; until they have, the portable kernels serve them.
-fn covers(options: FfnOptions) -> bool {
-    options.dropout == 0.0 && !options.activation.is_gated()
-}
-
 /// See [`super::expert_ffn`].
 pub(super) fn forward(args: FfnArgs<Tensor>) -> Result<FfnForward<Tensor>, FfnArgs<Tensor>> {
     let d_model = args.weights.w1.meta.shape()[1];
     let width = args.weights.w1.meta.shape()[2];
     let d_ff = args.weights.w2.meta.shape()[1];
-    if !covers(args.options) || !accepts(&args.x, &[d_model, d_ff, width], &args.index) {
+    if args.options.dropout > 0.0 || !accepts(&args.x, &[d_model, d_ff, width], &args.index) {
         return Err(args);
     }
     let index = contiguous_index(args.index);
@@ -65,34 +63,49 @@ pub(super) fn forward(args: FfnArgs<Tensor>) -> Result<FfnForward<Tensor>, FfnAr
     let (b1, b2) = (b1.map(rows_aligned), b2.map(rows_aligned));
 
     let pre_activation = empty(&x, [num_slots, width], x.dtype);
-    let activated = empty(&x, [num_slots, d_ff], x.dtype);
-    let first = Rows {
-        a: &x,
-        a_order: x_order,
-        w: &w1,
-        transposed: false,
-        bias: b1.as_ref(),
-        gates: None,
-        index: &index,
-        out_order: RowOrder::Expert,
+    let rows = empty(&x, [num_slots, d_model], x.dtype);
+    let run = |x: Tensor, window: Range<usize>| {
+        let activated = empty(&x, [window.len(), d_ff], x.dtype);
+        let first = Rows {
+            a: &x,
+            a_order: x_order,
+            w: &w1,
+            transposed: false,
+            bias: b1.as_ref(),
+            gates: None,
+            index: &index,
+            window: window.clone(),
+            out_order: RowOrder::Expert,
+        };
+        first.launch(
+            Epilogue::Activate(args.options.activation),
+            &[&activated, &pre_activation],
+        );
+        drop(x);
+        let second = Rows {
+            a: &activated,
+            a_order: RowOrder::Expert,
+            w: &w2,
+            transposed: false,
+            bias: b2.as_ref(),
+            gates: Some(&gates),
+            index: &index,
+            window,
+            out_order: result_order(&index),
+        };
+        second.launch(Epilogue::Store, &[&rows]);
     };
-    first.launch(
-        Epilogue::Activate(args.options.activation),
-        &[&activated, &pre_activation],
+    let cut = first_window(
+        args.options.favor,
+        (num_slots, index.top_k),
+        index.num_experts,
+        (d_model, d_ff),
+        multiprocessors(&x),
     );
-    drop(x);
-    let second = Rows {
-        a: &activated,
-        a_order: RowOrder::Expert,
-        w: &w2,
-        transposed: false,
-        bias: b2.as_ref(),
-        gates: Some(&gates),
-        index: &index,
-        out_order: result_order(&index),
-    };
-    let rows = second.product(num_slots);
-    drop(activated);
+    if cut > 0 {
+        run(x.clone(), 0..cut);
+    }
+    run(x, cut..num_slots);
     Ok(FfnForward {
         output: add_choices(rows, index),
         pre_activation,
@@ -106,7 +119,7 @@ pub(super) fn backward(
     let d_model = args.weights.w1.meta.shape()[1];
     let width = args.weights.w1.meta.shape()[2];
     let d_ff = args.weights.w2.meta.shape()[1];
-    if !covers(args.options) || !accepts(&args.x, &[d_model, d_ff, width], &args.index) {
+    if args.options.dropout > 0.0 || !accepts(&args.x, &[d_model, d_ff, width], &args.index) {
         return Err(args);
     }
     let index = contiguous_index(args.index);
@@ -138,7 +151,12 @@ pub(super) fn backward(
     } else {
         empty(&pre_activation, [num_slots, width], pre_activation.dtype)
     };
-    let piece = gradient_piece((num_slots, index.top_k), index.num_experts, d_model, d_ff);
+    let piece = gradient_piece(
+        args.options.favor,
+        (num_slots, index.top_k),
+        index.num_experts,
+        (d_model, d_ff),
+    );
     let w2_piece = slice(&w2, 1, 0, piece);
     let through = Rows {
         a: &grad_rows,
@@ -148,9 +166,10 @@ pub(super) fn backward(
         bias: None,
         gates: Some(&gates),
         index: &index,
+        window: 0..num_slots,
         out_order: RowOrder::Expert,
     };
-    let tiles = piece.div_ceil(through.tile_columns());
+    let tiles = piece.div_ceil(through.tile().columns);
     let gate_parts = empty(&grad_output, [d_ff / piece * tiles, num_slots], DType::F32);
     if needs.w2 {
         let shape = [index.num_experts, d_ff, d_model];
@@ -161,7 +180,11 @@ pub(super) fn backward(
         let columns = |tensor| slice(tensor, 1, start * width / d_ff, piece * width / d_ff);
         let parts = slice(&gate_parts, 0, start / piece * tiles, tiles);
         let w = slice(&w2, 1, start, piece);
-        Rows { w: &w, ..through }.launch(
+        let through = Rows {
+            w: &w,
+            ..through.clone()
+        };
+        through.launch(
             Epilogue::ActivateVjp(args.options.activation),
             &[
                 &columns(&pre_activation),
@@ -201,6 +224,7 @@ pub(super) fn backward(
             bias: None,
             gates: None,
             index: &index,
+            window: 0..num_slots,
             out_order: result_order(&index),
         };
         let rows = back.product(num_slots);

@@ -5,24 +5,27 @@
 //   ROWS  (ESMM)    out[p, n]    = epilogue(sum_k a[row(p), k] * b[expert(p)][k, n])
 //   SUMS  (ESTMM)   out[e][m, n] = sum over positions p of expert e of a[row(p), m] * b[row(p), n]
 //
-// A cube has two warpgroups that multiply, each 64 rows of a tile, and one that copies operands
-// into a ring of stages. Copies of the next tile are under way during a tile's epilogue.
+// ROWS may be of a window of the positions. Its rows are all that `a` has if that lies in expert
+// order, and all that `out2` has if that is the activation.
+//
+// A cube has two or three warpgroups that multiply, each 64 rows of a tile, and one that copies
+// operands into a ring of stages. Copies of the next tile are under way during a tile's epilogue.
 //
 // What bounds such a kernel is the second-level cache: 128 x 256 tiles at 800 TFLOP/s would read
 // 9 TB/s from it, and 6 to 7 are there. Therefore two cubes form a cluster that works on tiles one
-// above the other, and share b: each copies half of it, by bulk tensor copies into both. Rows of a
+// above the other, and share b: each copies half of it, by bulk tensor copies into both. An expert's
+// last tile, if it has none below, makes pairs of tiles side by side, which share nothing. Rows of a
 // that lie in expert order come by bulk tensor copies (A_BULK), others are gathered by asynchronous
 // copies of 16 bytes, with zeros for what is missing.
 //
-// The launcher puts these definitions in front (see source.rs): BN, STAGES, TOP_K, the registers
-// per thread, and the function wgmma(); PROBLEM_SUMS, A_SOURCE, A_BULK, B_TRANSPOSED, OUT_SOURCE,
-// OUT_TRANSPOSED, EPILOGUE, ACTIVATION, GATED, HAS_BIAS, HAS_GATES, IS_F16, SPLIT.
+// The launcher puts these definitions in front (see source.rs): BM, BN, STAGES, TOP_K, the
+// registers per thread, and the function wgmma(); PROBLEM_SUMS, A_SOURCE, A_BULK, B_TRANSPOSED,
+// OUT_SOURCE, OUT_TRANSPOSED, EPILOGUE, ACTIVATION, GATED, HAS_BIAS, HAS_GATES, IS_F16, SPLIT.
 
-#define BM 128
 #define BK 64
-#define CONSUMER_WARPS 8
+#define CONSUMER_WARPS (BM / 16)
 #define ACCUMULATORS (BN / 2)
-#define CONSUMERS 256
+#define CONSUMERS (2 * BM)
 #define PRODUCERS 128
 #define LINES (PRODUCERS / 8)  // rows that all producers copy 128 bytes of at a time
 #define GROUP_M 8  // pairs of row tiles
@@ -49,6 +52,7 @@ struct Params {
   u64 bias_stride;  // elements from expert to expert
   u64 h_stride;     // elements from row to row of the pre-activation and its gradient
   u64 out_stride;   // SUMS: elements from expert to expert of the result
+  u64 first, end;   // window of positions; all of them in SUMS
 };
 
 // ---- Stages ----
@@ -73,35 +77,34 @@ struct Tile {
   int first;  // ROWS: first position; SUMS: first position of the part
   int len;    // ROWS: rows of the tile; SUMS: positions of the part
   int m0, n0;
+  bool shares_b;
   int part;   // SUMS: slab of the partial sums, or -1 for the result itself
 };
 
-// Positions are worked on in runs: those of an expert or, if its sums are cut into parts, its full
-// parts and what is left of it. In SUMS the longest come first, so that no cluster begins with one
-// when the others are nearly done.
-#define RUNS (PROBLEM_SUMS && SPLIT ? 2 : 1)  // for each expert
+// Where experts' tiles lie. Sums over the most positions come first, so that no cluster begins with
+// one when the others are nearly done.
 struct Table {
-  int* begin;  // [num_experts + 1] first positions, by expert
+  int* begin;  // [num_experts + 1] first positions in the window, by expert
   int* parts;  // [num_experts + 1] SPLIT: slabs of partial sums before an expert's
-  int* order;  // [RUNS * num_experts] runs
-  int* tiles;  // [RUNS * num_experts + 1] pairs of tiles before each of the ordered runs
+  int* order;  // [num_experts] experts
+  int* tiles;  // [num_experts + 1] pairs of tiles before each of the ordered experts
 };
 
-// `count` parts of `len` positions each, one behind the other.
+// An expert's positions, from `first` on, in `count` parts of `len`, the last of which may be shorter.
 struct Run {
-  int count, len, first;
+  int first, rows, count, len;
 };
 
-__device__ __forceinline__ Run find_run(Table table, int run, const Params& p) {
-  int expert = run / RUNS, first = table.begin[expert], rows = table.begin[expert + 1] - first;
-#if RUNS == 2
-  int chunk = (int)p.chunk, full = rows > chunk ? rows / chunk : 0;
-  if (run % 2 == 0) return {full, chunk, first};
-  int rest = rows - full * chunk;
-  return {full == 0 || rest > 0, rest, first + full * chunk};
-#else
-  return {1, rows, first};
+__device__ __forceinline__ Run find_run(Table table, int expert, const Params& p) {
+  int first = table.begin[expert], rows = table.begin[expert + 1] - first;
+#if PROBLEM_SUMS && SPLIT
+  int chunk = (int)p.chunk;
+  if (rows > chunk) {
+    int count = (rows + chunk - 1) / chunk;
+    return {first, rows, count, ((rows + count - 1) / count + BK - 1) / BK * BK};
+  }
 #endif
+  return {first, rows, 1, rows};
 }
 
 // out[i] = own(0) + ... + own(i - 1), for i up to count. One warp.
@@ -121,38 +124,40 @@ __device__ __forceinline__ void sums_before(int* out, int count, Own own) {
 }
 
 __device__ __forceinline__ void build_table(Table table, const int* offsets, const Params& p) {
-  int experts = (int)p.num_experts, runs = RUNS * experts;
+  int experts = (int)p.num_experts;
   int n_tiles = ((int)p.n + BN - 1) / BN;
-  for (int e = threadIdx.x; e <= experts; e += blockDim.x) table.begin[e] = offsets[e];
+  for (int e = threadIdx.x; e <= experts; e += blockDim.x)
+    table.begin[e] = min(max(offsets[e], (int)p.first), (int)p.end);
   __syncthreads();
 #if PROBLEM_SUMS
   int* lengths = table.tiles;  // until the tiles are counted
-  for (int r = threadIdx.x; r < runs; r += blockDim.x) lengths[r] = find_run(table, r, p).len;
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) lengths[e] = find_run(table, e, p).len;
   __syncthreads();
-  for (int r = threadIdx.x; r < runs; r += blockDim.x) {
-    int length = lengths[r], rank = 0;
-    for (int other = 0; other < runs; ++other)
-      rank += lengths[other] > length || (lengths[other] == length && other < r);
-    table.order[rank] = r;
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) {
+    int length = lengths[e], rank = 0;
+    for (int other = 0; other < experts; ++other)
+      rank += lengths[other] > length || (lengths[other] == length && other < e);
+    table.order[rank] = e;
   }
 #else
-  for (int r = threadIdx.x; r < runs; r += blockDim.x) table.order[r] = r;
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) table.order[e] = e;
 #endif
   __syncthreads();
   if (threadIdx.x < 32)
-    sums_before(table.tiles, runs, [&](int i) {
+    sums_before(table.tiles, experts, [&](int i) {
       Run run = find_run(table, table.order[i], p);
 #if PROBLEM_SUMS
       return run.count * (((int)p.m + 2 * BM - 1) / (2 * BM)) * n_tiles;
 #else
-      return (run.len + 2 * BM - 1) / (2 * BM) * n_tiles;
+      int m_tiles = (run.len + BM - 1) / BM;
+      return m_tiles / 2 * n_tiles + m_tiles % 2 * ((n_tiles + 1) / 2);
 #endif
     });
-#if RUNS == 2
+#if PROBLEM_SUMS && SPLIT
   else if (threadIdx.x < 64)
     sums_before(table.parts, experts, [&](int e) {
-      int rows = table.begin[e + 1] - table.begin[e], chunk = (int)p.chunk;
-      return rows > chunk ? (rows + chunk - 1) / chunk : 0;
+      int count = find_run(table, e, p).count;
+      return count > 1 ? count : 0;
     });
 #endif
   __syncthreads();
@@ -168,42 +173,47 @@ __device__ __forceinline__ int dealt(int round) {
   return round * clusters + cluster;
 }
 
-// This cube's tile of the cluster's pair number `index`: runs one after the other; within one,
+// This cube's tile of the cluster's pair number `index`: experts one after the other; within one,
 // groups of GROUP_M pairs by all column tiles, so that what runs at one time shares operands in the
 // cache. The second tile of a pair may be empty.
 __device__ __forceinline__ Tile find_tile(Table table, int index, int rank, const Params& p) {
-  int low = 0, high = RUNS * (int)p.num_experts;
+  int low = 0, high = (int)p.num_experts;
   while (high - low > 1) {
     int middle = (low + high) / 2;
     if (table.tiles[middle] <= index) low = middle; else high = middle;
   }
-  Run run = find_run(table, table.order[low], p);
   Tile tile;
-  tile.expert = table.order[low] / RUNS;
+  tile.expert = table.order[low];
   tile.part = -1;
+  Run run = find_run(table, tile.expert, p);
   int n_tiles = ((int)p.n + BN - 1) / BN;
   int local = index - table.tiles[low];
 #if PROBLEM_SUMS
   int m_tiles = ((int)p.m + 2 * BM - 1) / (2 * BM);
-  tile.first = run.first + local / (m_tiles * n_tiles) * run.len;
-  tile.len = run.len;
+  int part = local / (m_tiles * n_tiles), start = part * run.len;
   local %= m_tiles * n_tiles;
+  tile.first = run.first + start;
+  tile.len = min(run.len, run.rows - start);
 #if SPLIT
-  int begin = table.begin[tile.expert], chunk = (int)p.chunk;
-  if (table.begin[tile.expert + 1] - begin > chunk)
-    tile.part = table.parts[tile.expert] + (tile.first - begin) / chunk;
+  if (run.count > 1) tile.part = table.parts[tile.expert] + part;
 #endif
 #else
-  int m_tiles = (run.len + 2 * BM - 1) / (2 * BM);
+  int m_tiles = (run.len + BM - 1) / BM / 2;
 #endif
-  int group = local / (GROUP_M * n_tiles);
-  int first_m = group * GROUP_M, height = min(GROUP_M, m_tiles - first_m);
-  int rest = local % (GROUP_M * n_tiles);
-  tile.m0 = (first_m + rest % height) * (2 * BM) + rank * BM;
-  tile.n0 = rest / height * BN;
+  tile.shares_b = PROBLEM_SUMS || local < m_tiles * n_tiles;
+  if (tile.shares_b) {
+    int group = local / (GROUP_M * n_tiles);
+    int first_m = group * GROUP_M, height = min(GROUP_M, m_tiles - first_m);
+    int rest = local % (GROUP_M * n_tiles);
+    tile.m0 = (first_m + rest % height) * (2 * BM) + rank * BM;
+    tile.n0 = rest / height * BN;
+  } else {
+    tile.m0 = m_tiles * (2 * BM);
+    tile.n0 = (2 * (local - m_tiles * n_tiles) + rank) * BN;
+  }
 #if !PROBLEM_SUMS
   tile.first = run.first + tile.m0;
-  tile.len = max(0, min(BM, run.len - tile.m0));
+  tile.len = tile.n0 < (int)p.n ? max(0, min(BM, run.len - tile.m0)) : 0;
 #endif
   return tile;
 }
@@ -227,23 +237,40 @@ __device__ __forceinline__ void find_rows(int* rows, const int* slots, int first
 }
 #endif
 
-// This cube's half of a step's b, into both cubes of the cluster. One thread.
-__device__ __forceinline__ void copy_b(u32 stage, const TensorMap* map, const Tile& tile, int step,
-                                       int rank, u32 barrier) {
-  barrier_arrive_expecting(barrier, B_BYTES);
+// Half of a step's b, into both cubes of the cluster or into this one.
+template <bool INTO_BOTH>
+__device__ __forceinline__ void copy_half_of_b(u32 stage, const TensorMap* map, const Tile& tile,
+                                               int step, int half, u32 barrier) {
 #if PROBLEM_SUMS
   int row = tile.first + step * BK, matrix = 0;
 #else
   int row = step * BK, matrix = tile.expert;
 #endif
-#if B_TRANSPOSED
-  copy_box(stage + rank * (B_BYTES / 2), map, row, tile.n0 + rank * (BN / 2), matrix, barrier);
-#else
 #pragma unroll
-  for (int block = 0; block < BN / 64; ++block)
-    copy_box(stage + block * 8192 + rank * 4096, map, tile.n0 + block * 64, row + rank * (BK / 2),
-             matrix, barrier);
+  for (int block = 0; block < (B_TRANSPOSED ? 1 : BN / 64); ++block) {
+#if B_TRANSPOSED
+    u32 target = stage + half * (B_BYTES / 2);
+    int column = row, line = tile.n0 + half * (BN / 2);
+#else
+    u32 target = stage + block * 8192 + half * 4096;
+    int column = tile.n0 + block * 64, line = row + half * (BK / 2);
 #endif
+    if (INTO_BOTH) copy_box(target, map, column, line, matrix, barrier);
+    else copy_own_box(target, map, column, line, matrix, barrier);
+  }
+}
+
+// A step's b: this cube's half into both cubes or, if they share none, both halves into this one. One
+// thread.
+__device__ __forceinline__ void copy_b(u32 stage, const TensorMap* map, const Tile& tile, int step,
+                                       int rank, u32 barrier) {
+  barrier_arrive_expecting(barrier, B_BYTES);
+  if (tile.shares_b) {
+    copy_half_of_b<true>(stage, map, tile, step, rank, barrier);
+  } else {
+    for (int half = 0; half < CLUSTER; ++half)
+      copy_half_of_b<false>(stage, map, tile, step, half, barrier);
+  }
 }
 
 #if H_STEPS
@@ -251,12 +278,12 @@ __device__ __forceinline__ void copy_b(u32 stage, const TensorMap* map, const Ti
 // 16 rows, and 16 columns from `column`, as patch_store() takes them.
 __device__ __forceinline__ void ring_h(u32* h, u32 base, int turn, int warp_row, int column) {
   int lane = threadIdx.x % 32, matrix = lane >> 3;
-  int row = warp_row + (matrix & 1) * 8 + (lane & 7), at = column + (matrix >> 1) * 8;
-  u32 stage = base + (turn + at / H_COLUMNS) % STAGES * STAGE_BYTES;
-  int chunk = at % H_COLUMNS / 8;
+  int row = warp_row + (matrix & 1) * 8 + (lane & 7);
+  u32 in_stage = row * 256 + (((matrix >> 1) ^ (row & 7)) << 4);
+  u32 stage = base + (turn + column / H_COLUMNS) % STAGES * STAGE_BYTES;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(h[0]), "=r"(h[1]), "=r"(h[2]), "=r"(h[3])
-               : "r"(stage + row * 256 + ((chunk ^ (row & 7)) << 4)) : "memory");
+               : "r"(stage + (in_stage ^ (column % H_COLUMNS / 8 << 4))) : "memory");
 }
 #endif
 
@@ -292,7 +319,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
   table.begin = (int*)(shared + SHARED_TABLE);
   table.parts = table.begin + p.num_experts + 1;
   table.order = table.parts + p.num_experts + 1;
-  table.tiles = table.order + RUNS * p.num_experts;
+  table.tiles = table.order + p.num_experts;
   int rank = blockIdx.x % CLUSTER;
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {
@@ -303,7 +330,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
   }
   build_table(table, offsets, p);
   cluster_sync();
-  int num_tiles = table.tiles[RUNS * p.num_experts];
+  int num_tiles = table.tiles[p.num_experts];
+#if EPILOGUE == EPILOGUE_ACTIVATE
+  out2 -= p.first * (p.n / (1 + GATED));
+#endif
 
   if (threadIdx.x >= CONSUMERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
@@ -360,10 +390,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
           if (producer == 0) {
             barrier_expect(full + s * 8, A_BYTES);
 #if PROBLEM_SUMS
-            copy_own_box(stage, &a_map, tile.m0, tile.first + step * BK, full + s * 8);
-            copy_own_box(stage + 8192, &a_map, tile.m0 + 64, tile.first + step * BK, full + s * 8);
+#pragma unroll
+            for (int block = 0; block < BM / 64; ++block)
+              copy_own_box(stage + block * 8192, &a_map, tile.m0 + block * 64,
+                           tile.first + step * BK, 0, full + s * 8);
 #else
-            copy_own_box(stage, &a_map, step * BK, tile.first, full + s * 8);
+            copy_own_box(stage, &a_map, step * BK, tile.first - (int)p.first, 0, full + s * 8);
 #endif
             copy_b(stage + A_BYTES, &b_map, tile, step, rank, full + s * 8);
           }
@@ -481,18 +513,24 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
 #endif
 #if !PROBLEM_SUMS
     // Rows that this lane stores: 16 bytes of every fourth.
-    int out_row[4];
+    int rows_left = tile.len - warp_row - lane / 8;
+#if OUT_SOURCE == BY_POSITION
+    u64 first_row = tile.first + warp_row + lane / 8;
+    auto out_row = [&](int i) { return first_row + 4 * i; };
+#else
+    u32 out_rows[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      int row = warp_row + 4 * i + lane / 8;
-      out_row[i] = row < tile.len ? source_row<OUT_SOURCE>(slots, tile.first + row) : -1;
-    }
+    for (int i = 0; i < 4; ++i)
+      out_rows[i] = 4 * i < rows_left
+          ? source_row<OUT_SOURCE>(slots, tile.first + warp_row + 4 * i + lane / 8) : 0;
+    auto out_row = [&](int i) { return (u64)out_rows[i]; };
+#endif
     auto store_rows = [&](u16* to, u64 stride, int width, int column) {
+      column += (lane % 8) * 8;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint4 v = patch_load(patch_chunk(patch, 4 * i + lane / 8, lane % 8));
-        if (out_row[i] >= 0 && column + (lane % 8) * 8 < width)
-          *(uint4*)(to + (u64)out_row[i] * stride + column + (lane % 8) * 8) = v;
+        if (4 * i < rows_left && column < width) *(uint4*)(to + out_row(i) * stride + column) = v;
       }
     };
 #endif
@@ -593,8 +631,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
         if (lane % 8 < 4) {
           uint4 v = patch_load(patch_chunk(patch, 4 * i + lane / 8, lane % 8));
           int at = column / 2 + (lane % 8) * 8;
-          if (out_row[i] >= 0 && at < (int)p.n / 2)
-            *(uint4*)(out2 + (u64)out_row[i] * (p.n / 2) + at) = v;
+          if (4 * i < rows_left && at < (int)p.n / 2)
+            *(uint4*)(out2 + out_row(i) * (p.n / 2) + at) = v;
         }
       }
       __syncwarp();

@@ -82,10 +82,10 @@ __device__ __forceinline__ void arrive_after_copies(u32 barrier) {
 
 // Copies a box of a tensor into this cube.
 __device__ __forceinline__ void copy_own_box(u32 target, const TensorMap* map, int column, int row,
-                                             u32 barrier) {
+                                             int matrix, u32 barrier) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(0),
+      " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(matrix),
       "r"(barrier) : "memory");
 }
 
@@ -158,7 +158,8 @@ __device__ __forceinline__ void activate(float h, float& value, float& slope) {
 #if ACTIVATION == GELU
   float phi = normal_cdf(h);
   value = h * phi;
-  slope = fmaf(h * 0.3989422804014327f, exp2_fast(-0.7213475204444817f * h * h), phi);
+  // The density is exp(-h * h / 2) / sqrt(2 * pi), here as a power of two.
+  slope = fmaf(h, exp2_fast(fmaf(h * h, -0.7213475204444817f, -1.3257480647361593f)), phi);
 #elif ACTIVATION == GELU_TANH
   float inner = 0.7978845608028654f * fmaf(0.044715f * h * h, h, h);
   float t = fmaf(-2.0f, reciprocal_fast(exp2_fast(2.8853900817779268f * inner) + 1.0f), 1.0f);
@@ -177,19 +178,20 @@ __device__ __forceinline__ void activate(float h, float& value, float& slope) {
 
 // ---- Results on their way out ----
 // A warp's buffer has 16 rows of 128 bytes, or 64 of 32 bytes if the result is transposed; chunks
-// of 16 bytes are exchanged against bank conflicts.
+// of 16 bytes are exchanged against bank conflicts. Buffers begin at multiples of 128, so that one
+// exclusive or leads from a row's first chunk to any other.
 __device__ __forceinline__ u32 patch_chunk(u32 patch, int row, int chunk) {
-  return patch + row * 128 + ((chunk ^ (row & 7)) << 4);
+  return (patch + row * 128 + ((row & 7) << 4)) ^ (chunk << 4);
 }
 __device__ __forceinline__ u32 patch_chunk_transposed(u32 patch, int row, int chunk) {
   return patch + row * 32 + ((chunk ^ ((row >> 2) & 1)) << 4);
 }
 
 // Stores 16 x 16 numbers as a warp has them in its sums: pairs of columns 8 * chunk + 2 * (lane %
-// 4) of rows lane / 4 and lane / 4 + 8, then the same 8 columns on.
+// 4) of rows lane / 4 and lane / 4 + 8, then the same 8 columns on. `chunk` is even.
 __device__ __forceinline__ void patch_store_pairs(u32 patch, int chunk, const u32* pairs) {
   int lane = threadIdx.x % 32, matrix = lane >> 3;
-  u32 at = patch_chunk(patch, (matrix & 1) * 8 + (lane & 7), chunk + (matrix >> 1));
+  u32 at = patch_chunk(patch, (matrix & 1) * 8 + (lane & 7), matrix >> 1) ^ (chunk << 4);
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
                "r"(pairs[0]), "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3]) : "memory");
 }

@@ -1,6 +1,7 @@
 //! Host's side: what the kernels accept, allocation, arguments.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use burn::tensor::DType;
@@ -14,9 +15,9 @@ use cubecl_runtime::tma::{
 use cudarc::driver::result;
 use cudarc::driver::sys::CUdevice_attribute;
 
-use super::plan::{SumSplit, row_pairs, sorts_rows, sum_split, tile_columns};
+use super::plan::{SumSplit, row_tile, sorts_rows, sum_split, sum_tile};
 use super::source::{
-    CLUSTER, Epilogue, FINISH_THREADS, MAX_EXPERTS, Problem, STAGE_DEPTH, TILE_ROWS, Variant,
+    CLUSTER, Epilogue, FINISH_THREADS, MAX_EXPERTS, Problem, STAGE_DEPTH, Tile, Variant,
 };
 use super::task::Kernel;
 use super::{EstmmArgs, Tensor};
@@ -139,6 +140,8 @@ struct Extents {
     bias_stride: usize,
     h_stride: usize,
     out_stride: usize,
+    first: usize,
+    end: usize,
 }
 
 /// Puts a product into the queue. `others` are the buffers behind the index, in the text's order.
@@ -155,7 +158,7 @@ fn launch(
     arguments.tensor_maps = vec![b];
     if variant.copies_in_bulk() {
         let rows = match variant.problem {
-            Problem::Rows { .. } => TILE_ROWS,
+            Problem::Rows { .. } => variant.tile.rows,
             Problem::Sums { .. } => STAGE_DEPTH,
         };
         arguments.tensor_maps.push(tensor_map(a, rows));
@@ -176,6 +179,8 @@ fn launch(
         extents.bias_stride,
         extents.h_stride,
         extents.out_stride,
+        extents.first,
+        extents.end,
     ];
     let cubes = multiprocessors(a) / CLUSTER * CLUSTER;
     // SAFETY: callers pass the buffers of the variant's signature; all accesses are guarded by the
@@ -234,7 +239,7 @@ pub(super) fn prepared_rows(
 }
 
 /// Rows times their expert's matrix, with what follows.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct Rows<'a> {
     /// Left operand, aligned.
     pub(super) a: &'a Tensor,
@@ -247,6 +252,9 @@ pub(super) struct Rows<'a> {
     /// Packed.
     pub(super) gates: Option<&'a Tensor>,
     pub(super) index: &'a RawExpertIndex<Tensor>,
+    /// Positions that are worked on. If `a` is in expert order it has their rows alone, and so has the
+    /// buffer of activations.
+    pub(super) window: Range<usize>,
     pub(super) out_order: RowOrder,
 }
 
@@ -256,21 +264,21 @@ impl Rows<'_> {
         self.w.meta.shape()[if self.transposed { 1 } else { 2 }]
     }
 
-    /// Columns of a tile.
-    pub(super) fn tile_columns(&self) -> usize {
-        tile_columns(
-            row_pairs(self.index.num_slots(), self.index.num_experts),
-            self.width(),
-            self.a.meta.shape()[1],
+    /// The tile that is used.
+    pub(super) fn tile(&self) -> Tile {
+        row_tile(
+            self.window.len(),
+            self.index.num_experts,
+            (self.width(), self.a.meta.shape()[1]),
             multiprocessors(self.a),
         )
     }
 
     /// Launches with `epilogue`, whose own buffers are `outputs`, in the text's order.
     pub(super) fn launch(&self, epilogue: Epilogue, outputs: &[&Tensor]) {
-        let columns = self.tile_columns();
+        let tile = self.tile();
         let variant = Variant {
-            columns,
+            tile,
             a: self.a_order,
             problem: Problem::Rows {
                 out: self.out_order,
@@ -284,7 +292,7 @@ impl Rows<'_> {
             num_experts: self.index.num_experts,
         };
         let box_rows = if self.transposed {
-            columns / CLUSTER
+            tile.columns / CLUSTER
         } else {
             STAGE_DEPTH / 2
         };
@@ -302,6 +310,8 @@ impl Rows<'_> {
                 Epilogue::ActivateVjp(_) => outputs[0].meta.strides()[0],
                 _ => 0,
             },
+            first: self.window.start,
+            end: self.window.end,
             ..Extents::default()
         };
         let map = tensor_map(self.w, box_rows);
@@ -338,6 +348,7 @@ pub(super) fn esmm(args: EsmmArgs<Tensor, Tensor>) -> Result<Tensor, EsmmArgs<Te
         bias: bias.as_ref(),
         gates: None,
         index: &index,
+        window: 0..index.num_slots(),
         out_order: args.out_order,
     };
     Ok(rows.product(index.num_slots()))
@@ -392,15 +403,9 @@ pub(super) fn sums_into(
     let experts = index.num_experts;
     let num_slots = index.num_slots();
     let processors = multiprocessors(gathered);
-    let columns = tile_columns(
-        experts * m.div_ceil(CLUSTER * TILE_ROWS),
-        n,
-        num_slots.div_ceil(experts),
-        processors,
-    );
-    let split = sum_split(num_slots, experts, m, n, processors);
+    let split = sum_split(num_slots, experts, (m, n), processors);
     let variant = Variant {
-        columns,
+        tile: sum_tile(num_slots, experts, (m, n), processors),
         a: order,
         problem: Problem::Sums {
             out_transposed,
@@ -419,6 +424,7 @@ pub(super) fn sums_into(
         n,
         chunk: split.map_or(0, |split| split.chunk),
         out_stride: out.meta.strides()[0],
+        end: num_slots,
         ..Extents::default()
     };
     let map = tensor_map(sorted, STAGE_DEPTH / 2);

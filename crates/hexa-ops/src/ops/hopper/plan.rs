@@ -1,43 +1,77 @@
-//! Choice of tiles and of how long sums are cut. Pure.
+//! Choice of tiles, of windows and of how long sums are cut. Pure.
 
-use super::source::{CLUSTER, STAGE_DEPTH, TILE_ROWS};
+use super::source::{CLUSTER, STAGE_DEPTH, Tile};
+use crate::types::Favor;
 
-/// Widths that a tile can have.
-const TILE_COLUMNS: [usize; 3] = [256, 192, 128];
+/// Rows of ESMM's tiles.
+pub(super) const TILE_ROWS: usize = 128;
 
-/// Cycles that a step takes at least: the way from a free stage to a filled one.
-const MIN_STEP_CYCLES: usize = 800;
+/// Tiles of ESMM, and of ESTMM besides the highest.
+const TILES: [Tile; 3] = [
+    Tile::new(TILE_ROWS, 256),
+    Tile::new(TILE_ROWS, 192),
+    Tile::new(TILE_ROWS, 128),
+];
 
-/// Cycles of an epilogue, for each column.
+/// A tile of ESTMM alone. A pair of them has 384 rows, a width of Swin-MoE-Small, of which two pairs of
+/// the others would leave a quarter empty.
+const HIGH_TILE: Tile = Tile::new(192, 192);
+
+/// Bytes that a multiprocessor gets from the second-level cache in a cycle when all of them read.
+const CACHE_BYTES_PER_CYCLE: usize = 30;
+
+/// Cycles of an epilogue, for each column of 128 rows.
 const EPILOGUE_CYCLES_PER_COLUMN: usize = 18;
 
-/// The width of the tiles: the one with the least estimated time.
-///
-/// Clusters work on `row_pairs` × ⌈`width` / columns⌉ pairs of tiles in rounds; a round takes
-/// `depth / 64` steps and an epilogue.
-pub(super) fn tile_columns(
-    row_pairs: usize,
-    width: usize,
-    depth: usize,
-    multiprocessors: usize,
-) -> usize {
-    let clusters = (multiprocessors / CLUSTER).max(1);
-    let cycles = |columns: usize| {
-        let rounds = (row_pairs * width.div_ceil(columns)).div_ceil(clusters);
-        // 128 rows × 64 × columns products, at 1024 × 2 cycles for 256 columns and both cubes.
-        let step = (4 * columns).max(MIN_STEP_CYCLES);
-        rounds * (depth.div_ceil(STAGE_DEPTH) * step + EPILOGUE_CYCLES_PER_COLUMN * columns)
-    };
-    TILE_COLUMNS
-        .into_iter()
-        .min_by_key(|&columns| cycles(columns))
-        .unwrap_or(TILE_COLUMNS[0])
+/// Estimated time of `pairs` pairs of tiles, in cycles: clusters work on them in rounds; a round
+/// takes `depth / 64` steps and an epilogue.
+fn cycles(tile: Tile, pairs: usize, depth: usize, multiprocessors: usize) -> usize {
+    let rounds = pairs.div_ceil((multiprocessors / CLUSTER).max(1));
+    // A multiprocessor does 32 × 64 multiplications in a cycle.
+    let multiplied = tile.rows * tile.columns / 32;
+    let read = 2 * STAGE_DEPTH * (tile.rows + tile.columns / CLUSTER) / CACHE_BYTES_PER_CYCLE;
+    let step = multiplied.max(read);
+    let epilogue = EPILOGUE_CYCLES_PER_COLUMN * tile.columns * tile.rows / 128;
+    rounds * (depth.div_ceil(STAGE_DEPTH) * step + epilogue)
 }
 
-/// Pairs of row tiles of ESMM that balanced experts have.
-pub(super) fn row_pairs(num_slots: usize, num_experts: usize) -> usize {
-    let pair = CLUSTER * TILE_ROWS;
-    num_slots / pair + num_experts.min(num_slots).div_ceil(2)
+/// ESMM's tile: the one with the least estimated time for results `width` wide.
+pub(super) fn row_tile(
+    num_slots: usize,
+    num_experts: usize,
+    (width, depth): (usize, usize),
+    multiprocessors: usize,
+) -> Tile {
+    let time = |tile: &Tile| {
+        let pairs = row_pairs(num_slots, num_experts, width.div_ceil(tile.columns));
+        cycles(*tile, pairs, depth, multiprocessors)
+    };
+    TILES.into_iter().min_by_key(time).unwrap_or(TILES[0])
+}
+
+/// Pairs of ESMM's tiles that balanced experts have: one tile above the other, and an odd last one
+/// beside its neighbour.
+fn row_pairs(num_slots: usize, num_experts: usize, column_tiles: usize) -> usize {
+    let experts = num_experts.clamp(1, num_slots.max(1));
+    let row_tiles = num_slots.div_ceil(experts).div_ceil(TILE_ROWS);
+    experts * (row_tiles / 2 * column_tiles + row_tiles % 2 * column_tiles.div_ceil(2))
+}
+
+/// ESTMM's tile: the one with the least estimated time for an `m` × `n` result of each expert, the
+/// experts being balanced.
+pub(super) fn sum_tile(
+    num_slots: usize,
+    num_experts: usize,
+    (m, n): (usize, usize),
+    multiprocessors: usize,
+) -> Tile {
+    let time = |tile: &Tile| {
+        let pairs = num_experts * m.div_ceil(CLUSTER * tile.rows) * n.div_ceil(tile.columns);
+        let depth = num_slots.div_ceil(num_experts.max(1));
+        cycles(*tile, pairs, depth, multiprocessors)
+    };
+    let tiles = TILES.into_iter().chain([HIGH_TILE]);
+    tiles.min_by_key(time).unwrap_or(TILES[0])
 }
 
 /// Narrowest hidden width for which [`sorts_rows`].
@@ -54,27 +88,54 @@ pub(super) fn sorts_rows(d_ff: usize) -> bool {
 /// Columns of one piece of the activation's gradient, whose weighted activations are then summed to
 /// their piece of the second weights' gradient and forgotten.
 ///
-/// Two pieces halve the largest buffer of the backward pass. They pay where that pass needs the most
-/// memory (with more choices per token it is the forward pass), where slots outnumber the weights'
-/// rows, and where each piece is made of whole tiles.
+/// Two pieces halve the largest buffer of the backward pass. They pay where slots outnumber the
+/// weights' rows and each piece is made of whole tiles. With one choice per token they cost at most
+/// 3 % of a layer's time for a third of its memory, and with more choices 7 %, and win nothing unless
+/// the forward pass is cut, too.
 pub(super) fn gradient_piece(
+    favor: Favor,
     (num_slots, top_k): (usize, usize),
     num_experts: usize,
-    d_model: usize,
-    d_ff: usize,
+    (d_model, d_ff): (usize, usize),
 ) -> usize {
-    if top_k == 1 && num_slots > num_experts * d_model && d_ff.is_multiple_of(2 * TILE_COLUMNS[0]) {
-        d_ff / 2
-    } else {
-        d_ff
+    let is_cut = favor == Favor::Memory || top_k == 1;
+    let pays = num_slots > num_experts * d_model && d_ff.is_multiple_of(2 * TILES[0].columns);
+    if is_cut && pays { d_ff / 2 } else { d_ff }
+}
+
+/// Positions in the first of two windows that the forward pass works on one after the other, so that
+/// one's activations are forgotten before the other's are made; 0 if it is not cut.
+///
+/// If memory is favored, two windows halve that buffer with more choices per token, where the forward
+/// pass needs the most memory and slots outnumber the weights' rows. The first is as long as the
+/// second product takes whole rounds for, half of them at most, so that the cut costs no round.
+pub(super) fn first_window(
+    favor: Favor,
+    (num_slots, top_k): (usize, usize),
+    num_experts: usize,
+    (d_model, d_ff): (usize, usize),
+    multiprocessors: usize,
+) -> usize {
+    let is_cut = favor == Favor::Memory && top_k > 1 && !sorts_rows(d_ff);
+    let tile = row_tile(num_slots, num_experts, (d_model, d_ff), multiprocessors);
+    let clusters = (multiprocessors / CLUSTER).max(1);
+    let column_tiles = d_model.div_ceil(tile.columns);
+    let rounds = row_pairs(num_slots, num_experts, column_tiles).div_ceil(clusters);
+    // Of the pairs, as many may be partly filled as half of the window's share of the experts.
+    let filled = (rounds / 2 * clusters / column_tiles).saturating_sub(num_experts.div_ceil(4));
+    let first = filled * CLUSTER * TILE_ROWS;
+    if !is_cut || num_slots <= num_experts * d_model || first == 0 {
+        return 0;
     }
+    first.min(num_slots.div_ceil(2))
 }
 
 /// How sums over an expert's rows are cut, so that one expert with most of the rows keeps the
 /// device busy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct SumSplit {
-    /// Rows of a part; experts with no more of them have one, and write their result directly.
+    /// Most rows of a part; experts with no more of them have one, and write their result directly.
+    /// Others' parts are equally long, up to a stage's depth.
     pub(super) chunk: usize,
     /// Most parts there can be.
     pub(super) max_parts: usize,
@@ -89,18 +150,17 @@ pub(super) struct SumSplit {
 pub(super) fn sum_split(
     num_slots: usize,
     num_experts: usize,
-    m: usize,
-    n: usize,
+    (m, n): (usize, usize),
     multiprocessors: usize,
 ) -> Option<SumSplit> {
-    let tiles = m.div_ceil(CLUSTER * TILE_ROWS) * CLUSTER * n.div_ceil(TILE_COLUMNS[0]);
+    let tiles = m.div_ceil(CLUSTER * TILE_ROWS) * CLUSTER * n.div_ceil(TILES[0].columns);
     if num_experts < 2 || 4 * tiles >= 3 * multiprocessors {
         return None;
     }
     let chunk = (3 * num_slots)
         .div_ceil(2 * num_experts)
         .next_multiple_of(STAGE_DEPTH);
-    // Each cut expert has more than `chunk` rows, and at most one part that is not full.
+    // A cut expert has more than `chunk` rows, and less than one part more than that many would fill.
     let full = num_slots / chunk;
     Some(SumSplit {
         chunk,
@@ -112,13 +172,40 @@ pub(super) fn sum_split(
 mod tests {
     use super::*;
 
+    fn row_tile_of(slots: usize, experts: usize, width: usize, depth: usize) -> (usize, usize) {
+        let tile = row_tile(slots, experts, (width, depth), 132);
+        (tile.rows, tile.columns)
+    }
+
     #[test]
     fn narrow_results_get_tiles_that_fit() {
         // Stage 3 of Swin-MoE-Small: 384 columns are two tiles of 192.
-        assert_eq!(tile_columns(row_pairs(18_432, 8), 384, 1536, 132), 192);
-        assert_eq!(tile_columns(row_pairs(18_432, 8), 1536, 384, 132), 256);
-        assert_eq!(tile_columns(1, 8, 8, 132), 128);
-        assert_eq!(tile_columns(0, 8, 8, 1), 256);
+        assert_eq!(row_tile_of(18_432, 8, 384, 1536), (128, 192));
+        assert_eq!(row_tile_of(18_432, 8, 1536, 384), (128, 256));
+        assert_eq!(row_tile_of(1, 8, 8, 8), (128, 128));
+        assert_eq!(row_tile_of(0, 8, 8, 8), (128, 256));
+    }
+
+    #[test]
+    fn odd_tiles_pair_with_their_neighbours() {
+        assert_eq!(row_pairs(18_432, 8, 2), 144);
+        assert_eq!(row_pairs(4608, 8, 16), 8 * (2 * 16 + 8));
+        assert_eq!(row_pairs(4608, 8, 3), 8 * (2 * 3 + 2));
+        assert_eq!(row_pairs(3, 8, 1), 3);
+        assert_eq!(row_pairs(0, 8, 1), 0);
+    }
+
+    #[test]
+    fn sums_get_the_tile_with_the_fewest_rounds() {
+        let tile = |slots, m, n| {
+            let tile = sum_tile(slots, 8, (m, n), 132);
+            (tile.rows, tile.columns)
+        };
+        // 64 pairs for 66 clusters, where other tiles take two rounds.
+        assert_eq!(tile(18_432, 384, 1536), (192, 192));
+        assert_eq!(tile(18_432, 384, 768), (128, 192));
+        assert_eq!(tile(18_432, 512, 2048), (128, 256));
+        assert_eq!(tile(0, 8, 8), (128, 128));
     }
 
     /// Parts that the kernel counts for these experts' rows.
@@ -133,7 +220,7 @@ mod tests {
     fn parts_never_exceed_their_bound() {
         for num_experts in 2..5 {
             for num_slots in [1, 63, 64, 500, 1000] {
-                let Some(split) = sum_split(num_slots, num_experts, 8, 8, 132) else {
+                let Some(split) = sum_split(num_slots, num_experts, (8, 8), 132) else {
                     panic!("small results are cut");
                 };
                 for first in (0..=num_slots).step_by(7) {
@@ -150,17 +237,48 @@ mod tests {
 
     #[test]
     fn wide_results_and_single_experts_are_not_cut() {
-        assert_eq!(sum_split(8192, 8, 4096, 14_336, 132), None);
-        assert_eq!(sum_split(8192, 1, 64, 64, 132), None);
-        assert_eq!(sum_split(4608, 8, 1024, 4096, 132), None);
-        assert!(sum_split(18_432, 8, 384, 1536, 132).is_some());
+        assert_eq!(sum_split(8192, 8, (4096, 14_336), 132), None);
+        assert_eq!(sum_split(8192, 1, (64, 64), 132), None);
+        assert_eq!(sum_split(4608, 8, (1024, 4096), 132), None);
+        assert!(sum_split(18_432, 8, (384, 1536), 132).is_some());
     }
 
     #[test]
     fn pieces_are_whole_tiles_of_layers_with_many_slots() {
-        assert_eq!(gradient_piece((18_432, 1), 8, 384, 1536), 768);
-        assert_eq!(gradient_piece((18_432, 1), 8, 384, 1500), 1500);
-        assert_eq!(gradient_piece((36_864, 2), 8, 384, 1536), 1536);
-        assert_eq!(gradient_piece((16_384, 1), 8, 4096, 14_336), 14_336);
+        let s3 = (384, 1536);
+        assert_eq!(gradient_piece(Favor::Speed, (18_432, 1), 8, s3), 768);
+        assert_eq!(gradient_piece(Favor::Speed, (36_864, 2), 8, s3), 1536);
+        assert_eq!(gradient_piece(Favor::Memory, (36_864, 2), 8, s3), 768);
+        assert_eq!(
+            gradient_piece(Favor::Memory, (18_432, 1), 8, (384, 1500)),
+            1500
+        );
+        let large = (4096, 14_336);
+        assert_eq!(gradient_piece(Favor::Memory, (16_384, 1), 8, large), 14_336);
+    }
+
+    #[test]
+    fn windows_are_of_layers_with_many_slots_and_cost_no_round() {
+        let first = |favor, slots, top_k, experts, widths| {
+            first_window(favor, (slots, top_k), experts, widths, 132)
+        };
+        for slots in [36_864, 73_728] {
+            let window = first(Favor::Memory, slots, 2, 8, (384, 1536));
+            assert!(window > 0 && slots - window <= 3 * slots / 5, "{window}");
+            // Two column tiles, and no more than half a pair of rows empty in each expert.
+            let rounds =
+                |rows: usize, experts: usize| (2 * (rows / 256 + experts / 2)).div_ceil(66);
+            let cut = rounds(window, 4) + rounds(slots - window, 4);
+            assert!(cut <= rounds(slots, 8), "{window}");
+            assert_eq!(first(Favor::Speed, slots, 2, 8, (384, 1536)), 0);
+        }
+        for (slots, top_k, experts, widths) in [
+            (18_432, 1, 8, (384, 1536)),
+            (16_384, 2, 8, (4096, 14_336)),
+            (131_072, 8, 64, (2048, 1024)),
+            (40, 2, 3, (8, 8)),
+        ] {
+            assert_eq!(first(Favor::Memory, slots, top_k, experts, widths), 0);
+        }
     }
 }

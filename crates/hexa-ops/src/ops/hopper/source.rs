@@ -11,14 +11,14 @@ const GROUPED: &str = include_str!("grouped.cu");
 /// Text of the small kernels.
 const FINISH: &str = include_str!("finish.cu");
 
-/// Rows of a tile.
-pub(super) const TILE_ROWS: usize = 128;
-
 /// Cubes that share their columns, one tile below the other.
 pub(super) const CLUSTER: usize = 2;
 
-/// Threads of a cube: two warpgroups multiply, one copies.
-pub(super) const THREADS: u32 = 384;
+/// Rows of a tile that a warpgroup multiplies.
+const GROUP_ROWS: usize = 64;
+
+/// Threads of a warpgroup.
+const GROUP_THREADS: usize = 128;
 
 /// Threads of a cube of the small kernels.
 pub(super) const FINISH_THREADS: u32 = 256;
@@ -87,11 +87,25 @@ pub(super) enum Problem {
     },
 }
 
+/// Extent of the part of a result that a cube computes at one time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Tile {
+    /// 128 or 192, of which each multiplying warpgroup has 64.
+    pub(super) rows: usize,
+    /// 128, 192 or 256; 256 only with 128 rows, as sums are held in registers.
+    pub(super) columns: usize,
+}
+
+impl Tile {
+    pub(super) const fn new(rows: usize, columns: usize) -> Self {
+        Self { rows, columns }
+    }
+}
+
 /// One compiled matrix product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Variant {
-    /// Columns of a tile: 128, 192 or 256.
-    pub(super) columns: usize,
+    pub(super) tile: Tile,
     /// Order of the rows of `a`.
     pub(super) a: RowOrder,
     pub(super) problem: Problem,
@@ -109,19 +123,37 @@ impl Variant {
         self.a == RowOrder::Expert
     }
 
-    /// Bytes of a stage and its barriers.
-    fn stage_bytes(&self) -> usize {
-        (TILE_ROWS + self.columns) * STAGE_DEPTH * 2 + 16
+    /// Warpgroups that multiply.
+    fn groups(&self) -> usize {
+        self.tile.rows / GROUP_ROWS
     }
 
-    /// Bytes of shared memory beside the stages: eight patches and the table of tiles.
+    /// Threads of a cube: those that multiply, and one warpgroup that copies.
+    pub(super) fn threads(&self) -> usize {
+        (self.groups() + 1) * GROUP_THREADS
+    }
+
+    /// Registers of a thread that copies and of one that multiplies: together at most the 65,536
+    /// that a multiprocessor has.
+    fn registers(&self) -> (usize, usize) {
+        if self.groups() == 2 {
+            (88, 208)
+        } else {
+            (56, 152)
+        }
+    }
+
+    /// Bytes of a stage and its barriers.
+    fn stage_bytes(&self) -> usize {
+        (self.tile.rows + self.tile.columns) * STAGE_DEPTH * 2 + 16
+    }
+
+    /// Bytes of shared memory beside the stages: a patch for each multiplying warp, and the table of
+    /// tiles.
     fn other_bytes(&self) -> usize {
-        let runs = match self.problem {
-            Problem::Sums { split: true, .. } => 2 * self.num_experts,
-            _ => self.num_experts,
-        };
-        let table = 4 * (2 * (self.num_experts + 1) + 2 * runs + 1);
-        8 * PATCH_BYTES + table.next_multiple_of(1024)
+        let warps = self.groups() * GROUP_THREADS / 32;
+        let table = 4 * (4 * self.num_experts + 3);
+        warps * PATCH_BYTES + table.next_multiple_of(1024)
     }
 
     /// Stages that fit into the shared memory.
@@ -139,6 +171,7 @@ impl Variant {
         let mut defines = Defines::default();
         let is_sums = matches!(self.problem, Problem::Sums { .. });
         let first_is_k = |transposed: bool| usize::from(is_sums || !transposed);
+        let (producer_registers, consumer_registers) = self.registers();
         let (out, transposed, epilogue, out_transposed, split) = match self.problem {
             Problem::Rows {
                 out,
@@ -162,10 +195,11 @@ impl Variant {
             Epilogue::ActivateVjp(activation) => (2, activation),
         };
         defines
-            .add("BN", self.columns)
+            .add("BM", self.tile.rows)
+            .add("BN", self.tile.columns)
             .add("STAGES", self.stages())
-            .add("PRODUCER_REGISTERS", 88)
-            .add("CONSUMER_REGISTERS", 208)
+            .add("PRODUCER_REGISTERS", producer_registers)
+            .add("CONSUMER_REGISTERS", consumer_registers)
             .add("TOP_K", self.top_k)
             .add("PROBLEM_SUMS", usize::from(is_sums))
             .add("A_SOURCE", source_number(self.a))
@@ -183,7 +217,7 @@ impl Variant {
             .add("A_FIRST_IS_K", usize::from(is_sums))
             .add("B_FIRST_IS_K", first_is_k(transposed));
         let wgmma = wgmma(
-            self.columns,
+            self.tile.columns,
             usize::from(is_sums),
             first_is_k(transposed),
             self.is_f16,
@@ -253,9 +287,9 @@ fn wgmma(columns: usize, a_first_is_k: usize, b_first_is_k: usize, is_f16: bool)
 mod tests {
     use super::*;
 
-    fn variant(columns: usize, num_experts: usize) -> Variant {
+    fn variant(rows: usize, columns: usize, num_experts: usize) -> Variant {
         Variant {
-            columns,
+            tile: Tile { rows, columns },
             a: RowOrder::Token,
             problem: Problem::Sums {
                 out_transposed: true,
@@ -271,22 +305,39 @@ mod tests {
 
     #[test]
     fn shared_memory_suffices_for_the_most_experts() {
-        for (columns, stages) in [(128, 6), (192, 4), (256, 4)] {
-            let variant = variant(columns, MAX_EXPERTS);
-            assert_eq!(variant.stages(), stages, "{columns}");
-            assert!(variant.shared_bytes() <= SHARED_BYTES, "{columns}");
+        for (rows, columns, stages) in [
+            (128, 128, 6),
+            (128, 192, 5),
+            (128, 256, 4),
+            (192, 128, 4),
+            (192, 192, 4),
+        ] {
+            let variant = variant(rows, columns, MAX_EXPERTS);
+            assert_eq!(variant.stages(), stages, "{rows} {columns}");
+            assert!(variant.shared_bytes() <= SHARED_BYTES, "{rows} {columns}");
         }
     }
 
     #[test]
     fn few_experts_leave_room_for_more_stages() {
-        let stages = [128, 192, 256].map(|columns| variant(columns, 8).stages());
+        let stages = [128, 192, 256].map(|columns| variant(128, columns, 8).stages());
         assert_eq!(stages, [6, 5, 4]);
     }
 
     #[test]
+    fn a_multiprocessor_has_the_registers() {
+        for rows in [128, 192] {
+            let variant = variant(rows, 128, 8);
+            let (copying, multiplying) = variant.registers();
+            let registers = GROUP_THREADS * (copying + variant.groups() * multiplying);
+            assert!(registers <= 65_536, "{rows}: {registers}");
+            assert!(copying % 8 == 0 && multiplying % 8 == 0, "{rows}");
+        }
+    }
+
+    #[test]
     fn the_text_begins_with_its_definitions() {
-        let text = variant(192, 8).text();
+        let text = variant(128, 192, 8).text();
         for line in [
             "#define BN 192\n",
             "#define TOP_K 2\n",

@@ -9,7 +9,7 @@ use cubecl_runtime::compiler::{CompilationError, Compiler, CubeTask};
 use cubecl_runtime::kernel::{CompiledKernel, KernelMetadata};
 use cubecl_runtime::server::ExecutionMode;
 
-use super::source::{FINISH_THREADS, TEXT_HASH, THREADS, Variant, finish_text};
+use super::source::{FINISH_THREADS, TEXT_HASH, Variant, finish_text};
 
 /// What is compiled.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -63,7 +63,7 @@ impl Kernel {
 
     fn cube_dim(&self) -> CubeDim {
         CubeDim::new_1d(match self {
-            Kernel::Grouped(_) => THREADS,
+            Kernel::Grouped(variant) => variant.threads() as u32,
             _ => FINISH_THREADS,
         })
     }

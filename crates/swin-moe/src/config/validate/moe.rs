@@ -74,6 +74,7 @@ impl RawMoe {
             fc2_bias: self.fc2_bias,
             init_std: self.init_std,
             shared_d_ff: non_zero(self.shared_d_ff),
+            favor: self.favor,
         })
     }
 

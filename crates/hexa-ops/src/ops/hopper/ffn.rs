@@ -4,9 +4,9 @@
 //! with the gate weight and, with one choice per token, writes the result's rows. Backward, the
 //! product with `W2ᵀ` ends with the activation's gradient, writes the pre-activation's gradient
 //! over the pre-activation if nobody else holds it, and leaves a share of the gate weights'
-//! gradient for each column tile. If memory is favored the forward pass works in two windows of
-//! positions and the backward pass in two pieces of the hidden width, so that only half of the
-//! activations are there at one time.
+//! gradient for each column tile. With one choice per token, or if memory is favored, it is done in two
+//! pieces of the hidden width, and if memory is favored with more choices the forward pass in two
+//! windows of positions, so that only half of the activations are there at one time.
 
 use std::ops::Range;
 

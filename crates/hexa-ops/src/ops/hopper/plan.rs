@@ -89,9 +89,9 @@ pub(super) fn sorts_rows(d_ff: usize) -> bool {
 /// their piece of the second weights' gradient and forgotten.
 ///
 /// Two pieces halve the largest buffer of the backward pass. They pay where slots outnumber the
-/// weights' rows and each piece is made of whole tiles. With one choice per token they cost at most
-/// 3 % of a layer's time for a third of its memory, and with more choices 7 %, and win nothing unless
-/// the forward pass is cut, too.
+/// weights' rows and each piece is made of whole tiles: with one choice per token always, as the
+/// backward pass needs the most memory there, and with more choices only if memory is favored, as they
+/// win nothing unless the forward pass is cut, too.
 pub(super) fn gradient_piece(
     favor: Favor,
     (num_slots, top_k): (usize, usize),

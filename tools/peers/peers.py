@@ -8,6 +8,7 @@ of rows. Timed as `bench` times: several runs, then one wait for the device.
 """
 
 import argparse
+import functools
 import importlib
 import json
 import sys
@@ -49,6 +50,16 @@ def grouped_mm(x, gates, expert_ids, params):
     return combine(y, order, gates, x.shape[0])
 
 
+@functools.cache
+def compiler():
+    return torch.compile(grouped_mm, dynamic=False)
+
+
+def compiled(x, gates, expert_ids, params):
+    """grouped_mm through torch.compile; it needs a C compiler."""
+    return compiler()(x, gates, expert_ids, params)
+
+
 def loop(x, gates, expert_ids, params):
     """One expert after the other; waits for the host at each."""
     w1, b1, w2, b2 = params
@@ -87,7 +98,13 @@ def ideal(x, gates, expert_ids, params):
     return y if k == 1 else y.view(k, *x.shape).sum(0)
 
 
-PEERS = {"grouped_mm": grouped_mm, "loop": loop, "padded": padded, "ideal": ideal}
+PEERS = {
+    "grouped_mm": grouped_mm,
+    "compiled": compiled,
+    "loop": loop,
+    "padded": padded,
+    "ideal": ideal,
+}
 
 
 def problem(shape, dtype, device, skew):

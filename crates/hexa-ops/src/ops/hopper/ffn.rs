@@ -4,9 +4,10 @@
 //! with the gate weight and, with one choice per token, writes the result's rows. Backward, the
 //! product with `W2ᵀ` ends with the activation's gradient, writes the pre-activation's gradient
 //! over the pre-activation if nobody else holds it, and leaves a share of the gate weights'
-//! gradient for each column tile. With one choice per token, or if memory is favored, it is done in two
-//! pieces of the hidden width, and if memory is favored with more choices the forward pass in two
-//! windows of positions, so that only half of the activations are there at one time.
+//! gradient for each column tile and, where rows stay in shared memory, of the bias' for every 16
+//! rows. With one choice per token, or if memory is favored, it is done in two pieces of the hidden
+//! width, and if memory is favored with more choices the forward pass in two windows of positions, so
+//! that only half of the activations are there at one time.
 
 use std::ops::Range;
 
@@ -14,11 +15,11 @@ use burn::tensor::DType;
 use cubecl::server::KernelArguments;
 
 use super::launch::{
-    Rows, accepts, contiguous_index, multiprocessors, packed, prepared_rows, rows_aligned, slice,
-    sums, sums_into,
+    Rows, accepts, add_slabs, contiguous_index, multiprocessors, packed, prepared_rows,
+    rows_aligned, slabs, slice, sums, sums_into,
 };
 use super::plan::{first_window, gradient_piece};
-use super::source::{Epilogue, FINISH_THREADS};
+use super::source::{Epilogue, FINISH_THREADS, Schedule};
 use super::task::Kernel;
 use super::{FfnArgs, Tensor};
 use crate::backend::{FfnBackwardArgs, FfnForward, FfnGrads, FfnWeights, RawExpertIndex};
@@ -169,11 +170,21 @@ pub(super) fn backward(
         window: 0..num_slots,
         out_order: RowOrder::Expert,
     };
-    let tiles = piece.div_ceil(through.tile().columns);
+    let vjp = |sums_bias| Epilogue::ActivateVjp {
+        activation: args.options.activation,
+        sums_bias,
+    };
+    let (tile, schedule) = through.schedule(vjp(false));
+    let sums_bias = needs.b1 && schedule != Schedule::Ring;
+    let tiles = piece.div_ceil(tile.columns);
     let gate_parts = empty(&grad_output, [d_ff / piece * tiles, num_slots], DType::F32);
     if needs.w2 {
         let shape = [index.num_experts, d_ff, d_model];
         grads.w2 = Some(empty(&grad_output, shape, grad_output.dtype));
+    }
+    if sums_bias {
+        let shape = [index.num_experts, width];
+        grads.b1 = Some(empty(&grad_output, shape, grad_output.dtype));
     }
     for start in (0..d_ff).step_by(piece) {
         let weighted = empty(&grad_output, [num_slots, piece], grad_output.dtype);
@@ -184,15 +195,15 @@ pub(super) fn backward(
             w: &w,
             ..through.clone()
         };
-        through.launch(
-            Epilogue::ActivateVjp(args.options.activation),
-            &[
-                &columns(&pre_activation),
-                &parts,
-                &weighted,
-                &columns(&grad_pre),
-            ],
-        );
+        let bias_slabs = sums_bias.then(|| slabs(&grad_output, tile, &index, piece));
+        let (h, grad_h) = (columns(&pre_activation), columns(&grad_pre));
+        let mut buffers = vec![&h, &parts];
+        buffers.extend(&bias_slabs);
+        buffers.extend([&weighted, &grad_h]);
+        through.launch(vjp(sums_bias), &buffers);
+        if let (Some(slabs), Some(b1)) = (bias_slabs, &grads.b1) {
+            add_slabs(&slabs, &index, &columns(b1));
+        }
         if let Some(w2) = &grads.w2 {
             let out = slice(w2, 1, start, piece);
             sums_into(&grad_rows, grad_order, &weighted, &index, true, &out);
@@ -211,7 +222,7 @@ pub(super) fn backward(
         let (x, x_order) = prepared_rows(args.x, d_ff, &index);
         grads.w1 = Some(sums(&x, x_order, &grad_pre, &index, false));
     }
-    if needs.b1 {
+    if needs.b1 && !sums_bias {
         grads.b1 = Some(ess(grad_pre.clone(), RowOrder::Expert, None, index.clone()));
     }
     if needs.x {

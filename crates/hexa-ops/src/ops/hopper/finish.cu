@@ -1,5 +1,5 @@
 // What goes before the grouped products and follows them: rows brought into expert order, sums over
-// parts and over column tiles. Definitions in front of this text: IS_F16, TOP_K.
+// parts, over column tiles and over slabs. Definitions in front of this text: IS_F16, TOP_K.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -55,9 +55,9 @@ extern "C" __global__ void hexa_gate_gradient(
 #pragma unroll
   for (int choice = 0; choice < TOP_K; ++choice) {
     sums[choice] = 0.0f;
-    for (int tile = lane; tile < (int)p.column_tiles; tile += 32)
-      sums[choice] += parts[(u64)tile * p.num_slots + first + choice];
     int position = positions[first + choice], low = 0, high = (int)p.num_experts;
+    for (int tile = lane; tile < (int)p.column_tiles; tile += 32)
+      sums[choice] += parts[(u64)tile * p.num_slots + position];
     while (high - low > 1) {
       int middle = (low + high) / 2;
       if (offsets[middle] <= position) low = middle; else high = middle;
@@ -111,4 +111,28 @@ extern "C" __global__ void hexa_sum_parts(const float* __restrict__ parts,
     *(uint2*)to = make_uint2((u32)from_float(sum.x) | (u32)from_float(sum.y) << 16,
                              (u32)from_float(sum.z) | (u32)from_float(sum.w) << 16);
   }
+}
+
+struct SlabParams { u64 width, out_stride; };
+
+// out[e] = the sum of an expert's slabs, of which each tile of 128 rows has eight, where stationary.cu
+// puts them. A cube for each expert and 32 columns, with eight threads for each.
+extern "C" __global__ void hexa_sum_slabs(const float* __restrict__ slabs,
+                                          const int* __restrict__ offsets, u16* __restrict__ out,
+                                          const __grid_constant__ SlabParams p) {
+  __shared__ float sums[8][32];
+  int expert = blockIdx.y, begin = offsets[expert], rows = offsets[expert + 1] - begin;
+  u64 first = (u64)(begin / 128 + expert) * 8;
+  int count = (rows + 127) / 128 * 8, part = threadIdx.x / 32, lane = threadIdx.x % 32;
+  u64 column = (u64)blockIdx.x * 32 + lane;
+  float sum = 0.0f;
+  if (column < p.width) {
+#pragma unroll 8
+    for (int i = part; i < count; i += 8) sum += slabs[(first + i) * p.width + column];
+  }
+  sums[part][lane] = sum;
+  __syncthreads();
+  if (part > 0 || column >= p.width) return;
+  for (int i = 1; i < 8; ++i) sum += sums[i][lane];
+  out[(u64)expert * p.out_stride + column] = from_float(sum);
 }

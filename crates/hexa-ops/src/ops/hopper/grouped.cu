@@ -22,7 +22,6 @@
 // registers per thread, and the function wgmma(); PROBLEM_SUMS, A_SOURCE, A_BULK, B_TRANSPOSED,
 // OUT_SOURCE, OUT_TRANSPOSED, EPILOGUE, ACTIVATION, GATED, HAS_BIAS, HAS_GATES, IS_F16, SPLIT.
 
-#define BK 64
 #define CONSUMER_WARPS (BM / 16)
 #define ACCUMULATORS (BN / 2)
 #define CONSUMERS (2 * BM)
@@ -30,36 +29,10 @@
 #define LINES (PRODUCERS / 8)  // rows that all producers copy 128 bytes of at a time
 #define GROUP_M 8  // pairs of row tiles
 
-// Row of a matrix for a position: the position itself, its slot, or its slot's token.
-#define BY_POSITION 0
-#define BY_SLOT 1
-#define BY_TOKEN 2
-
-#define EPILOGUE_STORE 0         // out = acc + bias, times the gate weight if HAS_GATES
-#define EPILOGUE_ACTIVATE 1      // out = acc + bias, out2 = act(out)
-#define EPILOGUE_ACTIVATE_VJP 2  // acc is the gradient of act(h), before gate weighting:
-                                 // out = gate * acc * act'(h), out2 = gate * act(h), and
-                                 // gate_parts[column tile][slot] = sum of its acc * act(h)
-
-struct Params {
-  u64 num_experts;
-  u64 m;      // SUMS: columns of a
-  u64 n;      // columns of b
-  u64 k;      // ROWS: summed width
-  u64 lda;    // elements from row to row of a
-  u64 chunk;  // SUMS, SPLIT: positions in one part
-  u64 num_slots;
-  u64 bias_stride;  // elements from expert to expert
-  u64 h_stride;     // elements from row to row of the pre-activation and its gradient
-  u64 out_stride;   // SUMS: elements from expert to expert of the result
-  u64 first, end;   // window of positions; all of them in SUMS
-};
-
 // ---- Stages ----
 // Operands lie in rows of 128 bytes, eight rows to a swizzle atom: 16-byte chunk c of row r is at
 // r * 128 + ((c ^ (r & 7)) << 4), as wgmma's 128-byte swizzle reads them.
 #define A_BYTES (BM * BK * 2)
-#define B_BYTES (BN * BK * 2)
 #define STAGE_BYTES (A_BYTES + B_BYTES)
 // The activation's gradient also needs the pre-activation's tile. It comes through the ring as
 // well, behind the operands, in steps of 128 rows x H_COLUMNS in rows of 256 bytes, swizzled alike.
@@ -107,27 +80,11 @@ __device__ __forceinline__ Run find_run(Table table, int expert, const Params& p
   return {first, rows, 1, rows};
 }
 
-// out[i] = own(0) + ... + own(i - 1), for i up to count. One warp.
-template <typename Own>
-__device__ __forceinline__ void sums_before(int* out, int count, Own own) {
-  int lane = threadIdx.x % 32, sum = 0;
-  if (lane == 0) out[0] = 0;
-  for (int base = 0; base < count; base += 32) {
-    int i = base + lane, value = i < count ? own(i) : 0;
-    for (int step = 1; step < 32; step *= 2) {
-      int left = __shfl_up_sync(~0u, value, step);
-      if (lane >= step) value += left;
-    }
-    if (i < count) out[i + 1] = sum + value;
-    sum += __shfl_sync(~0u, value, 31);
-  }
-}
-
 __device__ __forceinline__ void build_table(Table table, const int* offsets, const Params& p) {
   int experts = (int)p.num_experts;
   int n_tiles = ((int)p.n + BN - 1) / BN;
   for (int e = threadIdx.x; e <= experts; e += blockDim.x)
-    table.begin[e] = min(max(offsets[e], (int)p.first), (int)p.end);
+    table.begin[e] = window_begin(offsets, e, p);
   __syncthreads();
 #if PROBLEM_SUMS
   int* lengths = table.tiles;  // until the tiles are counted
@@ -177,11 +134,7 @@ __device__ __forceinline__ int dealt(int round) {
 // groups of GROUP_M pairs by all column tiles, so that what runs at one time shares operands in the
 // cache. The second tile of a pair may be empty.
 __device__ __forceinline__ Tile find_tile(Table table, int index, int rank, const Params& p) {
-  int low = 0, high = (int)p.num_experts;
-  while (high - low > 1) {
-    int middle = (low + high) / 2;
-    if (table.tiles[middle] <= index) low = middle; else high = middle;
-  }
+  int low = last_not_above(table.tiles, (int)p.num_experts, index);
   Tile tile;
   tile.expert = table.order[low];
   tile.part = -1;
@@ -218,13 +171,6 @@ __device__ __forceinline__ Tile find_tile(Table table, int index, int rank, cons
   return tile;
 }
 
-template <int SOURCE>
-__device__ __forceinline__ int source_row(const int* slots, int position) {
-  if (SOURCE == BY_POSITION) return position;
-  int slot = slots[position];
-  return SOURCE == BY_SLOT ? slot : slot / TOP_K;
-}
-
 // ---- Copies ----
 #if PROBLEM_SUMS
 // Rows of a for a thread's positions of a step.
@@ -237,39 +183,21 @@ __device__ __forceinline__ void find_rows(int* rows, const int* slots, int first
 }
 #endif
 
-// Half of a step's b, into both cubes of the cluster or into this one.
-template <bool INTO_BOTH>
-__device__ __forceinline__ void copy_half_of_b(u32 stage, const TensorMap* map, const Tile& tile,
-                                               int step, int half, u32 barrier) {
+// A step's b: this cube's half into both cubes or, if they share none, both halves into this one. One
+// thread.
+__device__ __forceinline__ void copy_b(u32 stage, const TensorMap* map, const Tile& tile, int step,
+                                       int rank, u32 barrier) {
 #if PROBLEM_SUMS
   int row = tile.first + step * BK, matrix = 0;
 #else
   int row = step * BK, matrix = tile.expert;
 #endif
-#pragma unroll
-  for (int block = 0; block < (B_TRANSPOSED ? 1 : BN / 64); ++block) {
-#if B_TRANSPOSED
-    u32 target = stage + half * (B_BYTES / 2);
-    int column = row, line = tile.n0 + half * (BN / 2);
-#else
-    u32 target = stage + block * 8192 + half * 4096;
-    int column = tile.n0 + block * 64, line = row + half * (BK / 2);
-#endif
-    if (INTO_BOTH) copy_box(target, map, column, line, matrix, barrier);
-    else copy_own_box(target, map, column, line, matrix, barrier);
-  }
-}
-
-// A step's b: this cube's half into both cubes or, if they share none, both halves into this one. One
-// thread.
-__device__ __forceinline__ void copy_b(u32 stage, const TensorMap* map, const Tile& tile, int step,
-                                       int rank, u32 barrier) {
   barrier_arrive_expecting(barrier, B_BYTES);
   if (tile.shares_b) {
-    copy_half_of_b<true>(stage, map, tile, step, rank, barrier);
+    copy_half_of_b<true>(stage, map, tile.n0, row, matrix, rank, barrier);
   } else {
     for (int half = 0; half < CLUSTER; ++half)
-      copy_half_of_b<false>(stage, map, tile, step, half, barrier);
+      copy_half_of_b<false>(stage, map, tile.n0, row, matrix, half, barrier);
   }
 }
 
@@ -502,13 +430,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
     int warp_row = group * 64 + (warp % 4) * 16;
 #if HAS_GATES || EPILOGUE == EPILOGUE_ACTIVATE_VJP
     // This lane's rows of the sums.
-    int slot[2];
     float gate[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int row = warp_row + half * 8 + lane / 4;
-      slot[half] = slots[tile.first + (row < tile.len ? row : 0)];
-      gate[half] = low_float(gates[slot[half]]);
+      gate[half] = low_float(gates[slots[tile.first + (row < tile.len ? row : 0)]]);
     }
 #endif
 #if !PROBLEM_SUMS
@@ -530,7 +456,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint4 v = patch_load(patch_chunk(patch, 4 * i + lane / 8, lane % 8));
-        if (4 * i < rows_left && column < width) *(uint4*)(to + out_row(i) * stride + column) = v;
+        if (4 * i < rows_left && column < width) 
+          store16(to + out_row(i) * stride + column, v);
       }
     };
 #endif
@@ -581,11 +508,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
 #if OUT_TRANSPOSED
         int row = 16 * i + lane / 2, n = column + row, m = tile.m0 + warp_row + (lane % 2) * 8;
         uint4 v = patch_load(patch_chunk_transposed(patch, row, lane % 2));
-        if (n < (int)p.n && m < (int)p.m) *(uint4*)(result + (u64)n * p.m + m) = v;
+        if (n < (int)p.n && m < (int)p.m) store16(result + (u64)n * p.m + m, v);
 #else
         int row = 4 * i + lane / 8, m = tile.m0 + warp_row + row, n = column + (lane % 8) * 8;
         uint4 v = patch_load(patch_chunk(patch, row, lane % 8));
-        if (n < (int)p.n && m < (int)p.m) *(uint4*)(result + (u64)m * p.n + n) = v;
+        if (n < (int)p.n && m < (int)p.m) store16(result + (u64)m * p.n + n, v);
 #endif
       }
 #elif EPILOGUE == EPILOGUE_STORE || EPILOGUE == EPILOGUE_ACTIVATE
@@ -632,7 +559,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
           uint4 v = patch_load(patch_chunk(patch, 4 * i + lane / 8, lane % 8));
           int at = column / 2 + (lane % 8) * 8;
           if (4 * i < rows_left && at < (int)p.n / 2)
-            *(uint4*)(out2 + out_row(i) * (p.n / 2) + at) = v;
+            store16(out2 + out_row(i) * (p.n / 2) + at, v);
         }
       }
       __syncwarp();
@@ -727,7 +654,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
       dot[half] += __shfl_xor_sync(~0u, dot[half], 1);
       dot[half] += __shfl_xor_sync(~0u, dot[half], 2);
       if (lane % 4 == 0 && warp_row + half * 8 + lane / 4 < tile.len)
-        gate_parts[(u64)(tile.n0 / BN) * p.num_slots + slot[half]] = dot[half];
+        gate_parts[(u64)(tile.n0 / BN) * p.num_slots + tile.first + warp_row + half * 8 +
+                   lane / 4] = dot[half];
     }
 #endif
     }

@@ -96,8 +96,18 @@ __device__ __forceinline__ u64 descriptor(u32 address, u32 lead) {
          ((u64)1 << 62);
 }
 
+// The same in two words. The first may be moved on by sixteenths of an address without a carry; the
+// second is the same for all operands.
+__device__ __forceinline__ u32 descriptor_words(u32 address, u32 lead) {
+  return ((address & 0x3ffff) >> 4) | (lead >> 4) << 16;
+}
+__device__ __forceinline__ u64 descriptor_of(u32 words) {
+  return (u64)(1024 >> 4 | 1 << 30) << 32 | words;
+}
+
 // ---- Numbers ----
 #if IS_F16
+#define HALF "f16"
 __device__ __forceinline__ float low_float(u32 pair) {
   float f; u16 h = (u16)pair; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h)); return f;
 }
@@ -106,6 +116,7 @@ __device__ __forceinline__ u32 pack(float low, float high) {
   u32 pair; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low)); return pair;
 }
 #else
+#define HALF "bf16"
 __device__ __forceinline__ float low_float(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_float(u32 pair) {
   return __uint_as_float(pair & 0xffff0000u);
@@ -205,6 +216,38 @@ __device__ __forceinline__ void patch_store_transposed(u32 patch, int chunk, con
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
                "r"(pack(v[0], v[1])), "r"(pack(v[2], v[3])), "r"(pack(v[4], v[5])),
                "r"(pack(v[6], v[7])) : "memory");
+}
+
+// The 16 x 16 numbers that patch_store_pairs() would have stored.
+__device__ __forceinline__ void patch_load_pairs(u32 patch, int chunk, u32* pairs) {
+  int lane = threadIdx.x % 32, matrix = lane >> 3;
+  u32 at = patch_chunk(patch, (matrix & 1) * 8 + (lane & 7), matrix >> 1) ^ (chunk << 4);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3]) : "r"(at)
+               : "memory");
+}
+
+// Sums over the 16 rows of a patch: of columns 8 * (chunk + i) + 2 * (lane % 4) and the next they are
+// the first two of sums[i].
+__device__ __forceinline__ void sum_rows(u32 patch, int chunk, float (*sums)[4]) {
+  int lane = threadIdx.x % 32, matrix = lane >> 3;
+  u32 at = patch_chunk(patch, (matrix & 1) * 8 + (lane & 7), matrix >> 1) ^ (chunk << 4);
+  u32 rows[4];
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(rows[0]), "=r"(rows[1]), "=r"(rows[2]), "=r"(rows[3]) : "r"(at) : "memory");
+  u32 ones = pack(1.0f, 1.0f);
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." HALF "." HALF ".f32 "
+                 "{%0, %1, %2, %3}, {%4, %4, %4, %4}, {%5, %6}, {%7, %7, %7, %7};"
+                 : "=f"(sums[i][0]), "=f"(sums[i][1]), "=f"(sums[i][2]), "=f"(sums[i][3])
+                 : "r"(ones), "r"(rows[2 * i]), "r"(rows[2 * i + 1]), "f"(0.0f));
+}
+
+// Stores 16 bytes. Plain assignments are cut into words by some versions of the compiler.
+__device__ __forceinline__ void store16(u16* to, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w) : "memory");
 }
 
 __device__ __forceinline__ uint4 patch_load(u32 at) {

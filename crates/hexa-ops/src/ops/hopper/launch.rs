@@ -15,9 +15,10 @@ use cubecl_runtime::tma::{
 use cudarc::driver::result;
 use cudarc::driver::sys::CUdevice_attribute;
 
-use super::plan::{SumSplit, row_tile, sorts_rows, sum_split, sum_tile};
+use super::plan::{SumSplit, row_schedule, segment_tiles, sorts_rows, sum_split, sum_tile};
 use super::source::{
-    CLUSTER, Epilogue, FINISH_THREADS, MAX_EXPERTS, Problem, STAGE_DEPTH, Tile, Variant,
+    CLUSTER, Epilogue, FINISH_THREADS, MAX_EXPERTS, Problem, SLAB_ROWS, STAGE_DEPTH, Schedule,
+    Tile, Variant,
 };
 use super::task::Kernel;
 use super::{EstmmArgs, Tensor};
@@ -264,21 +265,23 @@ impl Rows<'_> {
         self.w.meta.shape()[if self.transposed { 1 } else { 2 }]
     }
 
-    /// The tile that is used.
-    pub(super) fn tile(&self) -> Tile {
-        row_tile(
+    /// The tile and the schedule that are used with `epilogue`.
+    pub(super) fn schedule(&self, epilogue: Epilogue) -> (Tile, Schedule) {
+        row_schedule(
             self.window.len(),
             self.index.num_experts,
             (self.width(), self.a.meta.shape()[1]),
+            epilogue,
             multiprocessors(self.a),
         )
     }
 
     /// Launches with `epilogue`, whose own buffers are `outputs`, in the text's order.
     pub(super) fn launch(&self, epilogue: Epilogue, outputs: &[&Tensor]) {
-        let tile = self.tile();
+        let (tile, schedule) = self.schedule(epilogue);
         let variant = Variant {
             tile,
+            schedule,
             a: self.a_order,
             problem: Problem::Rows {
                 out: self.out_order,
@@ -307,8 +310,17 @@ impl Rows<'_> {
             k: self.a.meta.shape()[1],
             bias_stride: self.bias.map_or(0, |bias| bias.meta.strides()[0]),
             h_stride: match epilogue {
-                Epilogue::ActivateVjp(_) => outputs[0].meta.strides()[0],
+                Epilogue::ActivateVjp { .. } => outputs[0].meta.strides()[0],
                 _ => 0,
+            },
+            chunk: match schedule {
+                Schedule::Ring => 0,
+                Schedule::Stationary { .. } => segment_tiles(
+                    self.window.len(),
+                    self.index.num_experts,
+                    self.width(),
+                    multiprocessors(self.a),
+                ),
             },
             first: self.window.start,
             end: self.window.end,
@@ -406,6 +418,7 @@ pub(super) fn sums_into(
     let split = sum_split(num_slots, experts, (m, n), processors);
     let variant = Variant {
         tile: sum_tile(num_slots, experts, (m, n), processors),
+        schedule: Schedule::Ring,
         a: order,
         problem: Problem::Sums {
             out_transposed,
@@ -470,6 +483,40 @@ fn add_parts(
             [elements, split.chunk, out.meta.strides()[0]]
                 .map(|n| n as u64)
                 .to_vec(),
+        );
+    }
+}
+
+/// Room for the sums over [`SLAB_ROWS`] rows each that a product with rows that stay leaves: a slab of
+/// `width` columns for each of those in the row tiles that there may be.
+pub(super) fn slabs(
+    like: &Tensor,
+    tile: Tile,
+    index: &RawExpertIndex<Tensor>,
+    width: usize,
+) -> Tensor {
+    let tiles = index.num_slots() / tile.rows + index.num_experts;
+    empty(like, [tiles * tile.rows / SLAB_ROWS, width], DType::F32)
+}
+
+/// Adds each expert's slabs up, into its row of `out`.
+pub(super) fn add_slabs(slabs: &Tensor, index: &RawExpertIndex<Tensor>, out: &Tensor) {
+    let mut arguments = KernelArguments::new();
+    arguments.buffers = [slabs, &index.offsets, out]
+        .map(|tensor| tensor.handle.clone().binding())
+        .to_vec();
+    let kernel = Kernel::SumSlabs {
+        is_f16: out.dtype == DType::F16,
+    };
+    let width = slabs.meta.shape()[1];
+    // SAFETY: the slabs are those that a product has just written for the same index, and `out` has a
+    // row of as many columns for each expert.
+    unsafe {
+        kernel.launch(
+            &out.client,
+            (width.div_ceil(32) as u32, index.num_experts as u32),
+            arguments,
+            [width, out.meta.strides()[0]].map(|n| n as u64).to_vec(),
         );
     }
 }

@@ -1,11 +1,12 @@
 //! ESMM, ESTMM and the fused expert FFN on Hopper's matrix units, for bf16 and f16.
 //!
 //! CubeCL 0.10 has no words for `wgmma`; these kernels are CUDA sources (`grouped.cu`,
-//! `finish.cu`) that go through CubeCL's queue and buffers like any other. Contracts are those of
-//! the portable kernels ([`super::esmm`], [`super::estmm`], [`super::ffn`]): same operands, same
-//! results up to rounding, sums in f32, the same bits every time. What they do not cover (other
-//! devices and types, widths that are no multiple of eight) they hand back, and the portable
-//! kernels run: a choice by capability and shape, the same in every run.
+//! `stationary.cu`, `finish.cu`) that go through CubeCL's queue and buffers like any other.
+//! Contracts are those of the portable kernels ([`super::esmm`], [`super::estmm`],
+//! [`super::ffn`]): same operands, same results up to rounding, sums in f32, the same bits every
+//! time. What they do not cover (other devices and types, widths that are no multiple of eight)
+//! they hand back, and the portable kernels run: a choice by capability and shape, the same in
+//! every run.
 
 #![allow(
     clippy::result_large_err,

@@ -1,6 +1,6 @@
 //! Choice of tiles, of windows and of how long sums are cut. Pure.
 
-use super::source::{CLUSTER, STAGE_DEPTH, Tile};
+use super::source::{CLUSTER, Epilogue, STAGE_DEPTH, STATIONARY_TILE, Schedule, Tile};
 use crate::types::Favor;
 
 /// Rows of ESMM's tiles.
@@ -35,8 +35,56 @@ fn cycles(tile: Tile, pairs: usize, depth: usize, multiprocessors: usize) -> usi
     rounds * (depth.div_ceil(STAGE_DEPTH) * step + epilogue)
 }
 
-/// ESMM's tile: the one with the least estimated time for results `width` wide.
-pub(super) fn row_tile(
+/// Most stages' depths of rows that shared memory has room for beside three stages of columns.
+const MAX_STATIONARY_STEPS: usize = 8;
+
+/// Fewest column tiles for which rows that stay pay, as nothing is multiplied while they are copied.
+const MIN_STATIONARY_TILES: usize = 4;
+
+/// Tile and schedule of ESMM. Rows stay where they fit and an activation follows that is not gated.
+pub(super) fn row_schedule(
+    num_slots: usize,
+    num_experts: usize,
+    (width, depth): (usize, usize),
+    epilogue: Epilogue,
+    multiprocessors: usize,
+) -> (Tile, Schedule) {
+    let steps = depth.div_ceil(STAGE_DEPTH);
+    let is_suited = epilogue.activation().is_some_and(|a| !a.is_gated());
+    let pays = width > (MIN_STATIONARY_TILES - 1) * STATIONARY_TILE.columns;
+    if pays && is_suited && steps <= MAX_STATIONARY_STEPS {
+        return (STATIONARY_TILE, Schedule::Stationary { steps });
+    }
+    let tile = row_tile(num_slots, num_experts, (width, depth), multiprocessors);
+    (tile, Schedule::Ring)
+}
+
+/// Column tiles of a segment, where rows stay: as many as give the least time, if clusters work on
+/// segments in rounds and a segment's rows cost three quarters of a column tile. Each segment has one
+/// for both of the kernel's teams; `width` is of two tiles or more.
+pub(super) fn segment_tiles(
+    num_slots: usize,
+    num_experts: usize,
+    width: usize,
+    multiprocessors: usize,
+) -> usize {
+    let clusters = (multiprocessors / CLUSTER).max(1);
+    let tiles = width.div_ceil(STATIONARY_TILE.columns).max(1);
+    // Every second expert is expected to end with a pair that is half empty.
+    let pairs = num_slots.div_ceil(CLUSTER * STATIONARY_TILE.rows) + num_experts / 2;
+    let time = |&segment: &usize| {
+        let rounds = (pairs * tiles.div_ceil(segment)).div_ceil(clusters);
+        rounds * (4 * segment + 3)
+    };
+    let suits_teams = |segment: &usize| tiles % segment != 1;
+    (2..=tiles)
+        .filter(suits_teams)
+        .min_by_key(time)
+        .unwrap_or(tiles)
+}
+
+/// ESMM's tile in a ring: the one with the least estimated time for results `width` wide.
+fn row_tile(
     num_slots: usize,
     num_experts: usize,
     (width, depth): (usize, usize),
@@ -171,6 +219,7 @@ pub(super) fn sum_split(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::types::Activation;
 
     fn row_tile_of(slots: usize, experts: usize, width: usize, depth: usize) -> (usize, usize) {
         let tile = row_tile(slots, experts, (width, depth), 132);
@@ -184,6 +233,33 @@ mod tests {
         assert_eq!(row_tile_of(18_432, 8, 1536, 384), (128, 256));
         assert_eq!(row_tile_of(1, 8, 8, 8), (128, 128));
         assert_eq!(row_tile_of(0, 8, 8, 8), (128, 256));
+    }
+
+    #[test]
+    fn rows_stay_if_they_are_narrow_and_the_result_is_wide() {
+        let schedule =
+            |width, depth, epilogue| row_schedule(18_432, 8, (width, depth), epilogue, 132).1;
+        let gelu = Epilogue::Activate(Activation::Gelu);
+        assert_eq!(schedule(1536, 384, gelu), Schedule::Stationary { steps: 6 });
+        assert_eq!(schedule(2048, 505, gelu), Schedule::Stationary { steps: 8 });
+        assert_eq!(schedule(2048, 520, gelu), Schedule::Ring);
+        assert_eq!(schedule(384, 384, gelu), Schedule::Ring);
+        assert_eq!(schedule(392, 8, gelu), Schedule::Stationary { steps: 1 });
+        assert_eq!(schedule(1536, 384, Epilogue::Store), Schedule::Ring);
+        let gated = Epilogue::Activate(Activation::SwiGlu);
+        assert_eq!(schedule(1536, 384, gated), Schedule::Ring);
+    }
+
+    #[test]
+    fn segments_fill_the_clusters() {
+        // 148 pairs of 16 column tiles: 592 segments of 4 for 66 clusters are 9 rounds.
+        assert_eq!(segment_tiles(36_864, 8, 2048, 132), 4);
+        assert_eq!(segment_tiles(36_864, 8, 1536, 132), 4);
+        assert_eq!(segment_tiles(18_432, 8, 768, 132), 2);
+        assert_eq!(segment_tiles(1, 1, 1536, 132), 2);
+        // Five tiles in two segments, not in three of two, two and one.
+        assert_eq!(segment_tiles(1, 1, 520, 132), 3);
+        assert_eq!(segment_tiles(0, 8, 1, 132), 1);
     }
 
     #[test]

@@ -5,8 +5,14 @@ use crate::types::{Activation, RowOrder};
 /// Text of what the matrix products are made of.
 const INSTRUCTIONS: &str = include_str!("instructions.cu");
 
-/// Text of the matrix products.
+/// Text that both forms of the matrix products share.
+const OPERANDS: &str = include_str!("operands.cu");
+
+/// Text of the matrix products whose operands both pass through a ring.
 const GROUPED: &str = include_str!("grouped.cu");
+
+/// Text of the matrix products with rows that stay.
+const STATIONARY: &str = include_str!("stationary.cu");
 
 /// Text of the small kernels.
 const FINISH: &str = include_str!("finish.cu");
@@ -41,7 +47,8 @@ pub(super) const STAGE_DEPTH: usize = 64;
 /// Changes whenever the text does, so that a cache of compiled kernels cannot serve an older one.
 pub(super) const TEXT_HASH: u64 = {
     let hash = fnv1a(INSTRUCTIONS.as_bytes(), FNV_OFFSET);
-    fnv1a(FINISH.as_bytes(), fnv1a(GROUPED.as_bytes(), hash))
+    let hash = fnv1a(GROUPED.as_bytes(), fnv1a(OPERANDS.as_bytes(), hash));
+    fnv1a(FINISH.as_bytes(), fnv1a(STATIONARY.as_bytes(), hash))
 };
 
 const FNV_OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
@@ -63,7 +70,25 @@ pub(super) enum Epilogue {
     /// Bias, store; activate, store.
     Activate(Activation),
     /// The activation's gradient.
-    ActivateVjp(Activation),
+    ActivateVjp {
+        /// Which activation.
+        activation: Activation,
+        /// Whether sums of the pre-activation's gradient over [`SLAB_ROWS`] rows each are left, too.
+        /// Only with rows that stay.
+        sums_bias: bool,
+    },
+}
+
+impl Epilogue {
+    /// Its activation, if it has one.
+    pub(super) fn activation(&self) -> Option<Activation> {
+        match *self {
+            Epilogue::Store => None,
+            Epilogue::Activate(activation) | Epilogue::ActivateVjp { activation, .. } => {
+                Some(activation)
+            }
+        }
+    }
 }
 
 /// Which product.
@@ -87,6 +112,12 @@ pub(super) enum Problem {
     },
 }
 
+/// Rows whose sums share a slab of partial sums.
+pub(super) const SLAB_ROWS: usize = 16;
+
+/// The tile of rows that stay.
+pub(super) const STATIONARY_TILE: Tile = Tile::new(128, 128);
+
 /// Extent of the part of a result that a cube computes at one time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Tile {
@@ -102,10 +133,24 @@ impl Tile {
     }
 }
 
+/// How operands come to the matrix units.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Schedule {
+    /// Both pass through a ring of stages (`grouped.cu`).
+    Ring,
+    /// Rows stay in shared memory while a segment's columns pass by (`stationary.cu`). The tile is
+    /// [`STATIONARY_TILE`].
+    Stationary {
+        /// Stages' depths in the summed width.
+        steps: usize,
+    },
+}
+
 /// One compiled matrix product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Variant {
     pub(super) tile: Tile,
+    pub(super) schedule: Schedule,
     /// Order of the rows of `a`.
     pub(super) a: RowOrder,
     pub(super) problem: Problem,
@@ -120,12 +165,16 @@ pub(super) struct Variant {
 impl Variant {
     /// Whether the rows of `a` lie as the kernel reads them, so that nothing need be gathered.
     pub(super) fn copies_in_bulk(&self) -> bool {
-        self.a == RowOrder::Expert
+        self.a == RowOrder::Expert && self.schedule == Schedule::Ring
     }
 
-    /// Warpgroups that multiply.
+    /// Warpgroups that multiply: one for each 64 rows of a tile, and where rows stay two teams of them.
     fn groups(&self) -> usize {
-        self.tile.rows / GROUP_ROWS
+        let teams = match self.schedule {
+            Schedule::Ring => 1,
+            Schedule::Stationary { .. } => 2,
+        };
+        teams * self.tile.rows / GROUP_ROWS
     }
 
     /// Threads of a cube: those that multiply, and one warpgroup that copies.
@@ -134,26 +183,40 @@ impl Variant {
     }
 
     /// Registers of a thread that copies and of one that multiplies: together at most the 65,536
-    /// that a multiprocessor has.
+    /// that a multiprocessor has, of which each thread begins with an equal share in multiples of 8.
     fn registers(&self) -> (usize, usize) {
-        if self.groups() == 2 {
-            (88, 208)
-        } else {
-            (56, 152)
+        match self.groups() {
+            2 => (88, 208),
+            3 => (56, 152),
+            _ => (64, 104),
         }
     }
 
     /// Bytes of a stage and its barriers.
     fn stage_bytes(&self) -> usize {
-        (self.tile.rows + self.tile.columns) * STAGE_DEPTH * 2 + 16
+        let rows = match self.schedule {
+            Schedule::Ring => self.tile.rows,
+            Schedule::Stationary { .. } => 0,
+        };
+        (rows + self.tile.columns) * STAGE_DEPTH * 2 + 16
     }
 
-    /// Bytes of shared memory beside the stages: a patch for each multiplying warp, and the table of
-    /// tiles.
+    /// Bytes of shared memory beside the stages: a patch for each multiplying warp and the table of
+    /// tiles; rows that stay with their barriers, and two segments' gate weights.
     fn other_bytes(&self) -> usize {
         let warps = self.groups() * GROUP_THREADS / 32;
-        let table = 4 * (4 * self.num_experts + 3);
-        warps * PATCH_BYTES + table.next_multiple_of(1024)
+        match self.schedule {
+            Schedule::Ring => {
+                let table = 4 * (4 * self.num_experts + 3);
+                warps * PATCH_BYTES + table.next_multiple_of(1024)
+            }
+            Schedule::Stationary { steps } => {
+                let table = 8 * (self.num_experts + 2);
+                let gates = 2 * 4 * self.tile.rows;
+                let rows = steps * (self.tile.rows * STAGE_DEPTH * 2 + 24);
+                warps * PATCH_BYTES + gates + rows + table.next_multiple_of(256)
+            }
+        }
     }
 
     /// Stages that fit into the shared memory.
@@ -189,15 +252,21 @@ impl Variant {
                 split,
             ),
         };
-        let (epilogue, activation) = match epilogue {
-            Epilogue::Store => (0, Activation::Relu),
-            Epilogue::Activate(activation) => (1, activation),
-            Epilogue::ActivateVjp(activation) => (2, activation),
+        let activation = epilogue.activation().unwrap_or(Activation::Relu);
+        let (epilogue, sums_bias) = match epilogue {
+            Epilogue::Store => (0, false),
+            Epilogue::Activate(_) => (1, false),
+            Epilogue::ActivateVjp { sums_bias, .. } => (2, sums_bias),
+        };
+        let (grouped, steps) = match self.schedule {
+            Schedule::Ring => (GROUPED, 0),
+            Schedule::Stationary { steps } => (STATIONARY, steps),
         };
         defines
-            .add("BM", self.tile.rows)
             .add("BN", self.tile.columns)
             .add("STAGES", self.stages())
+            .add("STEPS", steps)
+            .add("SUMS_BIAS", usize::from(sums_bias))
             .add("PRODUCER_REGISTERS", producer_registers)
             .add("CONSUMER_REGISTERS", consumer_registers)
             .add("TOP_K", self.top_k)
@@ -222,7 +291,10 @@ impl Variant {
             first_is_k(transposed),
             self.is_f16,
         );
-        defines.0 + &wgmma + INSTRUCTIONS + GROUPED
+        if self.schedule == Schedule::Ring {
+            defines.add("BM", self.tile.rows);
+        }
+        defines.0 + &wgmma + INSTRUCTIONS + OPERANDS + grouped
     }
 }
 
@@ -290,6 +362,7 @@ mod tests {
     fn variant(rows: usize, columns: usize, num_experts: usize) -> Variant {
         Variant {
             tile: Tile { rows, columns },
+            schedule: Schedule::Ring,
             a: RowOrder::Token,
             problem: Problem::Sums {
                 out_transposed: true,
@@ -325,13 +398,30 @@ mod tests {
     }
 
     #[test]
+    fn rows_that_stay_leave_room_for_stages() {
+        for (steps, num_experts, stages) in [(1, 8, 6), (6, 8, 6), (8, 8, 4), (8, MAX_EXPERTS, 3)] {
+            let variant = Variant {
+                tile: STATIONARY_TILE,
+                schedule: Schedule::Stationary { steps },
+                ..variant(128, 128, num_experts)
+            };
+            assert_eq!(variant.stages(), stages, "{steps} {num_experts}");
+            assert!(variant.shared_bytes() <= SHARED_BYTES, "{steps}");
+        }
+    }
+
+    #[test]
     fn a_multiprocessor_has_the_registers() {
-        for rows in [128, 192] {
-            let variant = variant(rows, 128, 8);
+        let stationary = Variant {
+            schedule: Schedule::Stationary { steps: 6 },
+            ..variant(128, 128, 8)
+        };
+        for variant in [variant(128, 128, 8), variant(192, 128, 8), stationary] {
             let (copying, multiplying) = variant.registers();
             let registers = GROUP_THREADS * (copying + variant.groups() * multiplying);
-            assert!(registers <= 65_536, "{rows}: {registers}");
-            assert!(copying % 8 == 0 && multiplying % 8 == 0, "{rows}");
+            let at_first = 65_536 / variant.threads() / 8 * 8 * variant.threads();
+            assert!(registers <= at_first, "{variant:?}: {registers}");
+            assert!(copying % 8 == 0 && multiplying % 8 == 0, "{variant:?}");
         }
     }
 

@@ -33,6 +33,11 @@ pub(super) enum Kernel {
         /// Element type.
         is_f16: bool,
     },
+    /// The sum of the slabs that [`super::source::SLAB_ROWS`] rows each have left.
+    SumSlabs {
+        /// Element type.
+        is_f16: bool,
+    },
 }
 
 impl Kernel {
@@ -42,6 +47,7 @@ impl Kernel {
             Kernel::GateGradient { .. } => "hexa_gate_gradient",
             Kernel::SortRows { .. } => "hexa_sort_rows",
             Kernel::SumParts { .. } => "hexa_sum_parts",
+            Kernel::SumSlabs { .. } => "hexa_sum_slabs",
         }
     }
 
@@ -50,7 +56,7 @@ impl Kernel {
             Kernel::Grouped(variant) => variant.text(),
             Kernel::GateGradient { is_f16, top_k } => finish_text(*is_f16, *top_k),
             Kernel::SortRows { top_k } => finish_text(false, *top_k),
-            Kernel::SumParts { is_f16 } => finish_text(*is_f16, 1),
+            Kernel::SumParts { is_f16 } | Kernel::SumSlabs { is_f16 } => finish_text(*is_f16, 1),
         }
     }
 

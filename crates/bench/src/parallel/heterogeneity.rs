@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::Arguments;
 use crate::net::NetShape;
-use crate::ranks::{Rank, Timed};
+use crate::ranks::{Rank, Steps, Timed};
 
 /// One mode of one shape.
 #[derive(Debug, Serialize)]
@@ -30,6 +30,10 @@ pub struct Row {
     pub sweep: Vec<(f64, f64)>,
 }
 
+/// Turns in which uniform and calibrated steps are timed, so that a machine that becomes slower or
+/// faster does so for both.
+const TURNS: u32 = 3;
+
 /// First ranks' shares of the curve.
 const SWEEP: [f64; 5] = [0.4, 0.6, 0.7, 0.8, 0.9];
 
@@ -49,9 +53,17 @@ pub fn measure(
     let mut rows = Vec::new();
     for mode in [Mode::DataCentric, Mode::ModelCentric] {
         let time = |plan: &ParallelPlan| rank.time(shape, plan, true, arguments.steps);
-        let uniform = time(&in_proportion(mode, &vec![1.0; ranks])?)?;
         let plan = balanced_plan(fleet, &workload, &vec![mode; shape.layers])?;
-        let calibrated = time(&plan)?;
+        let plans = [in_proportion(mode, &vec![1.0; ranks])?, plan];
+        let mut steps = [Steps::default(), Steps::default()];
+        for _ in 0..TURNS {
+            for (steps, plan) in steps.iter_mut().zip(&plans) {
+                let count = arguments.steps.div_ceil(TURNS);
+                steps.add(rank.steps(shape, plan, true, count)?);
+            }
+        }
+        let [uniform, calibrated] = steps.map(|steps| steps.timed());
+        let [_, plan] = plans;
         let mut sweep = Vec::new();
         if ranks == 2 {
             for share in SWEEP {

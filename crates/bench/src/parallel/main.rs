@@ -54,7 +54,8 @@ pub struct Arguments {
         default_value = "1024,2048,3072,4096,6144,8192,12288"
     )]
     batches: Vec<usize>,
-    /// Measured steps of each case, after two that are not counted.
+    /// Measured steps of each case, after two that are not counted; a multiple of three where uniform
+    /// and calibrated shares take turns.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     steps: u32,
     /// Seconds for each measurement of the calibration.

@@ -184,6 +184,39 @@ pub struct Timed {
     pub gather_s: Vec<f64>,
 }
 
+/// Steps with all ranks' seconds: of the whole step, of own computation, and of waiting for gathered
+/// weights in the forward pass.
+#[derive(Debug, Clone, Default)]
+pub struct Steps(Vec<Vec<[f64; 3]>>);
+
+impl Steps {
+    /// Takes `more` in.
+    pub fn add(&mut self, more: Steps) {
+        self.0.extend(more.0);
+    }
+
+    /// The medians.
+    pub fn timed(&self) -> Timed {
+        let slowest: Vec<f64> = (self.0.iter())
+            .map(|ranks| ranks.iter().map(|rank| rank[0]).fold(0.0, f64::max))
+            .collect();
+        let ranks = self.0.first().map_or(0, Vec::len);
+        let of_ranks = |i: usize| {
+            let rank = |r: usize| median(self.0.iter().map(|ranks| ranks[r][i]).collect());
+            (0..ranks).map(rank).collect()
+        };
+        Timed {
+            step_s: median(slowest.clone()),
+            spread_s: [
+                slowest.iter().copied().fold(f64::INFINITY, f64::min),
+                slowest.iter().copied().fold(0.0, f64::max),
+            ],
+            busy_s: of_ranks(1),
+            gather_s: of_ranks(2),
+        }
+    }
+}
+
 impl Rank {
     /// Tells whoever waits for the report what is going on.
     pub fn say(&self, what: &str) {
@@ -238,11 +271,22 @@ impl Rank {
         early: bool,
         steps: u32,
     ) -> Result<Timed> {
+        Ok(self.steps(shape, plan, early, steps)?.timed())
+    }
+
+    /// Times `steps` steps after two that are not counted.
+    pub fn steps(
+        &self,
+        shape: NetShape,
+        plan: &ParallelPlan,
+        early: bool,
+        steps: u32,
+    ) -> Result<Steps> {
         let net = Net::<B>::distributed(shape, &self.context, plan)?;
         let samples = plan.batch[self.context.rank()];
         let x = tokens(samples, shape.d_model);
         let share = BatchShare::exchange(&self.context, samples)?;
-        let mut all: Vec<Vec<[f64; 3]>> = Vec::new();
+        let mut all = Steps::default();
         for step in 0..steps + 2 {
             let own = self.step(&net, x.clone(), share, early)?;
             let own: Vec<f32> = own.into_iter().map(|seconds| seconds as f32).collect();
@@ -250,25 +294,11 @@ impl Rank {
             let ranks = self.context.comm().all_gather_v("seconds", own, &counts)?;
             if step >= 2 {
                 let ranks = ranks.chunks_exact(3);
-                all.push(ranks.map(|r| [0, 1, 2].map(|i| f64::from(r[i]))).collect());
+                all.0
+                    .push(ranks.map(|r| [0, 1, 2].map(|i| f64::from(r[i]))).collect());
             }
         }
-        let slowest: Vec<f64> = (all.iter())
-            .map(|ranks| ranks.iter().map(|rank| rank[0]).fold(0.0, f64::max))
-            .collect();
-        let of_ranks = |i: usize| {
-            let rank = |r: usize| median(all.iter().map(|ranks| ranks[r][i]).collect());
-            (0..self.context.world_size()).map(rank).collect()
-        };
-        Ok(Timed {
-            step_s: median(slowest.clone()),
-            spread_s: [
-                slowest.iter().copied().fold(f64::INFINITY, f64::min),
-                slowest.iter().copied().fold(0.0, f64::max),
-            ],
-            busy_s: of_ranks(1),
-            gather_s: of_ranks(2),
-        })
+        Ok(all)
     }
 
     /// One step: seconds of all of it, of own computation, and of waiting for gathered weights in

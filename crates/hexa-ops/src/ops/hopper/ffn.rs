@@ -12,15 +12,13 @@
 use std::ops::Range;
 
 use burn::tensor::DType;
-use cubecl::server::KernelArguments;
 
+use super::finish::{add_slabs, gate_gradient, prepared_rows, slabs};
 use super::launch::{
-    Rows, accepts, add_slabs, contiguous_index, multiprocessors, packed, prepared_rows,
-    rows_aligned, slabs, slice, sums, sums_into,
+    Rows, accepts, contiguous_index, multiprocessors, packed, rows_aligned, slice, sums, sums_into,
 };
 use super::plan::{first_window, gradient_piece};
-use super::source::{Epilogue, FINISH_THREADS, Schedule};
-use super::task::Kernel;
+use super::source::{Epilogue, Schedule};
 use super::{FfnArgs, Tensor};
 use crate::backend::{FfnBackwardArgs, FfnForward, FfnGrads, FfnWeights, RawExpertIndex};
 use crate::ops::combine::launch::combine;
@@ -243,54 +241,4 @@ pub(super) fn backward(
         grads.x = Some(add_choices(rows, index));
     }
     Ok(grads)
-}
-
-/// Gradient of the gate weights from its shares: `[tokens, top_k]`.
-fn gate_gradient(
-    parts: &Tensor,
-    grad_output: &Tensor,
-    bias: Option<&Tensor>,
-    index: &RawExpertIndex<Tensor>,
-    out: &Tensor,
-) {
-    let d_model = grad_output.meta.shape()[1];
-    let num_slots = index.num_slots();
-    let mut arguments = KernelArguments::new();
-    // Without a bias its buffer is not read; any stands for it.
-    let bias_or_any = bias.unwrap_or(grad_output);
-    arguments.buffers = [
-        parts,
-        grad_output,
-        bias_or_any,
-        &index.positions,
-        &index.offsets,
-        out,
-    ]
-    .map(|tensor| tensor.handle.clone().binding())
-    .to_vec();
-    let kernel = Kernel::GateGradient {
-        is_f16: out.dtype == DType::F16,
-        top_k: index.top_k,
-    };
-    let scalars = [
-        num_slots,
-        parts.meta.shape()[0],
-        index.num_experts,
-        d_model,
-        usize::from(bias.is_some()),
-        grad_output.meta.strides()[0],
-        bias_or_any.meta.strides()[0],
-    ];
-    // SAFETY: one warp for each token of the index, whose tensors have the sizes in `scalars`.
-    unsafe {
-        kernel.launch(
-            &out.client,
-            (
-                (32 * index.tokens).div_ceil(FINISH_THREADS as usize) as u32,
-                1,
-            ),
-            arguments,
-            scalars.map(|n| n as u64).to_vec(),
-        );
-    }
 }

@@ -571,15 +571,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
         u32 h[4];
         ring_h(h, base, turn, warp_row, part * 64 + j * 8);
         float to_h[8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          float value, slope, grad = v[i];
-          int half = (i >> 1) & 1;
-          activate(i % 2 ? high_float(h[i / 2]) : low_float(h[i / 2]), value, slope);
-          dot[half] = fmaf(grad, value, dot[half]);
-          v[i] = gate[half] * value;
-          to_h[i] = gate[half] * grad * slope;
-        }
+        activate_vjp(v, h, gate, dot, to_h);
         patch_store(patch, j, to_h);
       }
       __syncwarp();

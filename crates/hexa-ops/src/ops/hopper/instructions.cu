@@ -187,6 +187,22 @@ __device__ __forceinline__ void activate(float h, float& value, float& slope) {
 #endif
 }
 
+// Of 8 gradients of the activation as a warp has them in its sums, and their pre-activations: to_h
+// becomes the pre-activations' gradients and v the activations, both gate-weighted; dot grows by
+// gradient times activation. gate and dot are of rows lane / 4 and lane / 4 + 8.
+__device__ __forceinline__ void activate_vjp(float* v, const u32* h, const float* gate, float* dot,
+                                             float* to_h) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    float value, slope, grad = v[i];
+    int half = (i >> 1) & 1;
+    activate(i % 2 ? high_float(h[i / 2]) : low_float(h[i / 2]), value, slope);
+    dot[half] = fmaf(grad, value, dot[half]);
+    v[i] = gate[half] * value;
+    to_h[i] = gate[half] * grad * slope;
+  }
+}
+
 // ---- Results on their way out ----
 // A warp's buffer has 16 rows of 128 bytes, or 64 of 32 bytes if the result is transposed; chunks
 // of 16 bytes are exchanged against bank conflicts. Buffers begin at multiples of 128, so that one

@@ -14,6 +14,7 @@
 )]
 
 mod ffn;
+mod finish;
 mod launch;
 mod plan;
 mod source;

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Result, anyhow};
 use burn::backend::Autodiff;
-use burn::tensor::backend::{AutodiffBackend, Backend, BackendTypes};
+use burn::tensor::backend::{Backend, BackendTypes};
 use burn::tensor::{DType, Distribution, Tensor, TensorData};
 use hexa_ops::{
     ExpertIndex, ExpertKernels, ExpertParams, Favor, FfnOptions, TrainingBackend, expert_ffn,
@@ -181,7 +181,7 @@ pub fn leaf<B: TrainingBackend, const D: usize>(
 
 /// `[tokens, num_experts]`: logarithms of the experts' weights plus Gumbel noise, whose largest `k`
 /// are a draw without replacement.
-fn gumbel_logits<B: Backend>(
+pub fn gumbel_logits<B: Backend>(
     tokens: usize,
     num_experts: usize,
     skew: f64,
@@ -250,7 +250,8 @@ fn extra_bytes(work: impl Fn() -> Result<()>) -> Result<Option<u64>> {
 /// Runs in one repetition: a training step does not wait for the device after each layer.
 const RUNS: u32 = 8;
 
-fn time<B: AutodiffBackend>(
+/// Seconds of each of the repetitions of `work`, ascending, after two runs that are not counted.
+pub fn time<B: Backend>(
     repetitions: u32,
     device: &B::Device,
     work: impl Fn() -> Result<()>,

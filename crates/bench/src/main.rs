@@ -1,10 +1,11 @@
-//! Measures the expert FFN on the compiled-in back-ends, side by side, and PyTorch implementations
+//! Measures the expert FFN and its operators on the compiled-in back-ends, side by side, and PyTorch implementations
 //! of the same in the same run.
 //!
 //! Every case is verified against an oracle in double precision before it is timed; a case that
 //! fails is reported and never becomes a row.
 
 mod case;
+mod operators;
 mod peers;
 mod report;
 mod upstream;
@@ -21,7 +22,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use hexa_ops::{Favor, backends};
 use report::Report;
 
-/// Times the expert FFN, forward and forward + backward.
+/// Times the expert FFN and its operators.
 #[derive(Parser)]
 #[command(version)]
 struct Cli {
@@ -31,9 +32,11 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// The back-ends of this program.
+    /// Routing and expert FFN, forward and forward + backward.
     Layer(Arguments),
-    /// The back-ends of this program, and PyTorch on the same machine in the same run.
+    /// ESMM, ESTMM and ESS by themselves; with one expert they are dense.
+    Operators(Arguments),
+    /// As `layer`, and PyTorch on the same machine in the same run.
     Peers {
         #[command(flatten)]
         arguments: Arguments,
@@ -126,8 +129,9 @@ impl DTypeName {
 }
 
 fn main() -> Result<()> {
-    let (arguments, peers) = match Cli::parse().command {
-        Command::Layer(arguments) => (arguments, None),
+    let (arguments, measurement, peers) = match Cli::parse().command {
+        Command::Layer(arguments) => (arguments, Measurement::Layer, None),
+        Command::Operators(arguments) => (arguments, Measurement::Operators, None),
         Command::Peers {
             arguments,
             python,
@@ -141,15 +145,14 @@ fn main() -> Result<()> {
                 only,
                 modules: peers,
             };
-            (arguments, Some(program))
+            (arguments, Measurement::Layer, Some(program))
         }
     };
     let mut report = Report::default();
     for &backend in &arguments.backend {
         for &shape in &arguments.shapes {
-            let timings = run(backend, shape, &arguments)
+            run(backend, shape, measurement, &arguments, &mut report)
                 .with_context(|| format!("{} at {shape}", name(backend)))?;
-            report.push(name(backend), shape, timings);
         }
     }
     if let Some(program) = peers {
@@ -171,14 +174,27 @@ fn name(backend: BackendName) -> &'static str {
     }
 }
 
-fn run(backend: BackendName, shape: Shape, arguments: &Arguments) -> Result<case::Timings> {
+/// What is measured of each back-end.
+#[derive(Clone, Copy)]
+enum Measurement {
+    Layer,
+    Operators,
+}
+
+fn run(
+    backend: BackendName,
+    shape: Shape,
+    measurement: Measurement,
+    arguments: &Arguments,
+    report: &mut Report,
+) -> Result<()> {
     match backend {
         #[cfg(feature = "cpu")]
-        BackendName::Cpu => on::<backends::Cpu>(shape, arguments),
+        BackendName::Cpu => on::<backends::Cpu>(backend, shape, measurement, arguments, report),
         #[cfg(feature = "wgpu")]
-        BackendName::Wgpu => on::<backends::Wgpu>(shape, arguments),
+        BackendName::Wgpu => on::<backends::Wgpu>(backend, shape, measurement, arguments, report),
         #[cfg(feature = "cuda")]
-        BackendName::Cuda => on::<backends::Cuda>(shape, arguments),
+        BackendName::Cuda => on::<backends::Cuda>(backend, shape, measurement, arguments, report),
         #[allow(unreachable_patterns, reason = "with all features nothing is left")]
         other => bail!(
             "back-end {} is not compiled in; build with --features {}",
@@ -188,7 +204,13 @@ fn run(backend: BackendName, shape: Shape, arguments: &Arguments) -> Result<case
     }
 }
 
-fn on<K: hexa_ops::ExpertKernels>(shape: Shape, arguments: &Arguments) -> Result<case::Timings> {
+fn on<K: hexa_ops::ExpertKernels>(
+    backend: BackendName,
+    shape: Shape,
+    measurement: Measurement,
+    arguments: &Arguments,
+    report: &mut Report,
+) -> Result<()> {
     let device = <Autodiff<K> as BackendTypes>::Device::default();
     let dtype = arguments.dtype.dtype();
     <K as Backend>::seed(&device, 7);
@@ -202,6 +224,16 @@ fn on<K: hexa_ops::ExpertKernels>(shape: Shape, arguments: &Arguments) -> Result
         skew: arguments.skew,
         favor: arguments.favor.favor(),
     };
-    verify::verify::<Autodiff<K>>(setting, &device)?;
-    measure::<K>(setting, arguments.repetitions, &device)
+    match measurement {
+        Measurement::Layer => {
+            verify::verify::<Autodiff<K>>(setting, &device)?;
+            let timings = measure::<K>(setting, arguments.repetitions, &device)?;
+            report.push(name(backend), shape, timings);
+        }
+        Measurement::Operators => {
+            let timings = operators::measure::<K>(setting, arguments.repetitions, &device)?;
+            report.push_operators(name(backend), shape, timings);
+        }
+    }
+    Ok(())
 }

@@ -3,11 +3,13 @@
 use serde::Serialize;
 
 use crate::case::{Shape, Timings};
+use crate::operators::Timing;
 
 /// All rows of a run.
 #[derive(Debug, Default, Serialize)]
 pub struct Report {
     rows: Vec<Row>,
+    operators: Vec<OperatorRow>,
 }
 
 #[derive(Debug, Serialize)]
@@ -17,7 +19,24 @@ struct Row {
     timings: Timings,
 }
 
+#[derive(Debug, Serialize)]
+struct OperatorRow {
+    backend: String,
+    shape: Shape,
+    timing: Timing,
+}
+
 impl Report {
+    /// Adds a back-end's operators.
+    pub fn push_operators(&mut self, backend: &str, shape: Shape, timings: Vec<Timing>) {
+        self.operators
+            .extend(timings.into_iter().map(|timing| OperatorRow {
+                backend: backend.to_owned(),
+                shape,
+                timing,
+            }));
+    }
+
     /// Adds a measured case.
     pub fn push(&mut self, backend: &str, shape: Shape, timings: Timings) {
         self.rows.push(Row {
@@ -27,9 +46,40 @@ impl Report {
         });
     }
 
-    /// A table of medians with their spread, and useful GFLOP/s (backward counted as twice the
-    /// forward pass).
+    /// A table of medians with their spread for cases, and one for operators, where there are any.
     pub fn to_markdown(&self) -> String {
+        let mut tables = Vec::new();
+        if !self.rows.is_empty() {
+            tables.push(self.cases());
+        }
+        if !self.operators.is_empty() {
+            tables.push(self.operators());
+        }
+        tables.join("\n")
+    }
+
+    /// Useful GFLOP/s, and GB/s if every operand and the result are moved once.
+    fn operators(&self) -> String {
+        let mut text = String::from(
+            "| back-end | tokens,d_model,d_ff,E,k | operator | ms (min–max) | GFLOP/s | GB/s |\n\
+             |---|---|---|---|---|---|\n",
+        );
+        for row in &self.operators {
+            let Timing {
+                operator, seconds, ..
+            } = &row.timing;
+            let (time, rate) = columns(seconds, row.timing.flops);
+            let bandwidth = columns(seconds, row.timing.bytes).1;
+            text += &format!(
+                "| {} | {} | {operator} | {time} | {rate:.0} | {bandwidth:.0} |\n",
+                row.backend, row.shape
+            );
+        }
+        text
+    }
+
+    /// Useful GFLOP/s count the backward pass as twice the forward pass.
+    fn cases(&self) -> String {
         let mut text = String::from(
             "| back-end | tokens,d_model,d_ff,E,k | forward ms (min–max) | GFLOP/s | \
              forward + backward ms (min–max) | GFLOP/s | extra MiB |\n\
@@ -67,6 +117,6 @@ fn columns(seconds: &[f64], flops: f64) -> (String, f64) {
         return ("not measured".into(), 0.0);
     };
     let median = seconds[seconds.len() / 2];
-    let text = format!("{:.2} ({:.2}–{:.2})", ms(median), ms(min), ms(max));
+    let text = format!("{:.3} ({:.3}–{:.3})", ms(median), ms(min), ms(max));
     (text, flops / median / 1e9)
 }

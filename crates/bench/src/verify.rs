@@ -11,7 +11,7 @@ use hexa_ops::{Activation, ExpertIndex, TrainingBackend, topk_gating};
 use crate::case::{Inputs, Setting, Shape, leaf};
 
 /// Largest relative error ‖a − b‖ / ‖b‖.
-fn tolerance(dtype: DType) -> f64 {
+pub fn tolerance(dtype: DType) -> f64 {
     match dtype {
         DType::BF16 | DType::F16 => 1e-2,
         _ => 1e-5,

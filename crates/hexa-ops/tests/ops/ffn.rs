@@ -274,6 +274,8 @@ fn half_precision_of_large_results<B: TrainingBackend>() {
         (150, 1, 8, Spread::One, 376, 1528, Favor::Speed),
         (300, 2, 3, Spread::Distinct, 512, 520, Favor::Speed),
         (300, 2, 3, Spread::Distinct, 520, 504, Favor::Speed),
+        (6000, 2, 3, Spread::Distinct, 512, 136, Favor::Speed),
+        (6000, 2, 3, Spread::Distinct, 264, 136, Favor::Speed),
         (9000, 2, 2, Spread::Distinct, 16, 1024, Favor::Memory),
         (9000, 2, 3, Spread::Free, 8, 512, Favor::Memory),
     ] {

@@ -124,6 +124,7 @@ pub(super) fn backward(
     let index = contiguous_index(args.index);
     let num_slots = index.num_slots();
     let needs = args.needs;
+    let favor = args.options.favor;
     let grad_output = rows_aligned(args.grad_output);
     let gates = packed(args.gates);
     let mut grads = FfnGrads {
@@ -151,7 +152,7 @@ pub(super) fn backward(
         empty(&pre_activation, [num_slots, width], pre_activation.dtype)
     };
     let piece = gradient_piece(
-        args.options.favor,
+        favor,
         (num_slots, index.top_k),
         index.num_experts,
         (d_model, d_ff),
@@ -204,7 +205,7 @@ pub(super) fn backward(
         }
         if let Some(w2) = &grads.w2 {
             let out = slice(w2, 1, start, piece);
-            sums_into(&grad_rows, grad_order, &weighted, &index, true, &out);
+            sums_into(&grad_rows, grad_order, &weighted, &index, true, favor, &out);
         }
     }
     drop((pre_activation, grad_rows));
@@ -218,7 +219,7 @@ pub(super) fn backward(
     drop(gate_parts);
     if needs.w1 {
         let (x, x_order) = prepared_rows(args.x, d_ff, &index);
-        grads.w1 = Some(sums(&x, x_order, &grad_pre, &index, false));
+        grads.w1 = Some(sums(&x, x_order, &grad_pre, &index, false, favor));
     }
     if needs.b1 && !sums_bias {
         grads.b1 = Some(ess(grad_pre.clone(), RowOrder::Expert, None, index.clone()));

@@ -115,15 +115,15 @@ extern "C" __global__ void hexa_sum_parts(const float* __restrict__ parts,
 
 struct SlabParams { u64 width, out_stride; };
 
-// out[e] = the sum of an expert's slabs, of which each tile of 128 rows has eight, where stationary.cu
-// puts them. A cube for each expert and 32 columns, with eight threads for each.
+// out[e] = the sum of an expert's slabs, one for every 16 rows, where stationary.cu puts them: eight for
+// a tile of 128 rows, which the last may not fill. A cube for each expert and 32 columns, with eight threads for each.
 extern "C" __global__ void hexa_sum_slabs(const float* __restrict__ slabs,
                                           const int* __restrict__ offsets, u16* __restrict__ out,
                                           const __grid_constant__ SlabParams p) {
   __shared__ float sums[8][32];
   int expert = blockIdx.y, begin = offsets[expert], rows = offsets[expert + 1] - begin;
   u64 first = (u64)(begin / 128 + expert) * 8;
-  int count = (rows + 127) / 128 * 8, part = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int count = (rows + 15) / 16, part = threadIdx.x / 32, lane = threadIdx.x % 32;
   u64 column = (u64)blockIdx.x * 32 + lane;
   float sum = 0.0f;
   if (column < p.width) {

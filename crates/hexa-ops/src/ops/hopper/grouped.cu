@@ -28,6 +28,8 @@
 #define PRODUCERS 128
 #define LINES (PRODUCERS / 8)  // rows that all producers copy 128 bytes of at a time
 #define GROUP_M 8  // pairs of row tiles
+// Whether pairs of a last round that no more than half of the clusters would have are halved.
+#define HALVES (!PROBLEM_SUMS && EPILOGUE == EPILOGUE_STORE && BN == 256)
 
 // ---- Stages ----
 // Operands lie in rows of 128 bytes, eight rows to a swizzle atom: 16-byte chunk c of row r is at
@@ -51,7 +53,8 @@ struct Tile {
   int len;    // ROWS: rows of the tile; SUMS: positions of the part
   int m0, n0;
   bool shares_b;
-  int part;   // SUMS: slab of the partial sums, or -1 for the result itself
+  bool is_half;  // HALVES: its first BN / 2 columns alone
+  int part;      // SUMS: slab of the partial sums, or -1 for the result itself
 };
 
 // Where experts' tiles lie. Sums over the most positions come first, so that no cluster begins with
@@ -120,6 +123,12 @@ __device__ __forceinline__ void build_table(Table table, const int* offsets, con
   __syncthreads();
 }
 
+// Of `pairs` pairs of tiles those before the first that is halved.
+__device__ __forceinline__ int whole_pairs(int pairs) {
+  int clusters = gridDim.x / CLUSTER, rest = pairs % clusters;
+  return HALVES && 2 * rest <= clusters ? pairs - rest : pairs;
+}
+
 // Number of the pair of tiles that this cluster works on in a round. Sums, of which the longest come
 // first, are dealt out forth and back.
 __device__ __forceinline__ int dealt(int round) {
@@ -134,8 +143,13 @@ __device__ __forceinline__ int dealt(int round) {
 // groups of GROUP_M pairs by all column tiles, so that what runs at one time shares operands in the
 // cache. The second tile of a pair may be empty.
 __device__ __forceinline__ Tile find_tile(Table table, int index, int rank, const Params& p) {
-  int low = last_not_above(table.tiles, (int)p.num_experts, index);
   Tile tile;
+#if HALVES
+  int whole = whole_pairs(table.tiles[p.num_experts]), half = (index - whole) % 2;
+  tile.is_half = index >= whole;
+  if (tile.is_half) index = whole + (index - whole) / 2;
+#endif
+  int low = last_not_above(table.tiles, (int)p.num_experts, index);
   tile.expert = table.order[low];
   tile.part = -1;
   Run run = find_run(table, tile.expert, p);
@@ -164,6 +178,9 @@ __device__ __forceinline__ Tile find_tile(Table table, int index, int rank, cons
     tile.m0 = m_tiles * (2 * BM);
     tile.n0 = (2 * (local - m_tiles * n_tiles) + rank) * BN;
   }
+#if HALVES
+  if (tile.is_half) tile.n0 += half * (BN / 2);
+#endif
 #if !PROBLEM_SUMS
   tile.first = run.first + tile.m0;
   tile.len = tile.n0 < (int)p.n ? max(0, min(BM, run.len - tile.m0)) : 0;
@@ -183,6 +200,30 @@ __device__ __forceinline__ void find_rows(int* rows, const int* slots, int first
 }
 #endif
 
+#if HALVES
+// A step's b of a half tile: if the cubes share it, what this one has to copy into both.
+template <bool SHARED>
+__device__ __forceinline__ void copy_b_of_half_tile(u32 stage, const TensorMap* map, int n0, int row,
+                                                    int matrix, int rank, u32 barrier) {
+#if B_TRANSPOSED
+  // It is one box.
+  if (SHARED && rank == 0) copy_box(stage, map, row, n0, matrix, barrier);
+  if (!SHARED) copy_own_box(stage, map, row, n0, matrix, barrier);
+#else
+#pragma unroll
+  for (int block = 0; block < BN / 128; ++block) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      u32 target = stage + block * 8192 + half * 4096;
+      int column = n0 + block * 64, line = row + half * (BK / 2);
+      if (SHARED && rank == half) copy_box(target, map, column, line, matrix, barrier);
+      if (!SHARED) copy_own_box(target, map, column, line, matrix, barrier);
+    }
+  }
+#endif
+}
+#endif
+
 // A step's b: this cube's half into both cubes or, if they share none, both halves into this one. One
 // thread.
 __device__ __forceinline__ void copy_b(u32 stage, const TensorMap* map, const Tile& tile, int step,
@@ -191,6 +232,14 @@ __device__ __forceinline__ void copy_b(u32 stage, const TensorMap* map, const Ti
   int row = tile.first + step * BK, matrix = 0;
 #else
   int row = step * BK, matrix = tile.expert;
+#endif
+#if HALVES
+  if (tile.is_half) {
+    barrier_arrive_expecting(barrier, B_BYTES / 2);
+    if (tile.shares_b) copy_b_of_half_tile<true>(stage, map, tile.n0, row, matrix, rank, barrier);
+    else copy_b_of_half_tile<false>(stage, map, tile.n0, row, matrix, rank, barrier);
+    return;
+  }
 #endif
   barrier_arrive_expecting(barrier, B_BYTES);
   if (tile.shares_b) {
@@ -214,6 +263,41 @@ __device__ __forceinline__ void ring_h(u32* h, u32 base, int turn, int warp_row,
                : "r"(stage + (in_stage ^ (column % H_COLUMNS / 8 << 4))) : "memory");
 }
 #endif
+
+// ---- Products ----
+// Adds the products of a tile's steps, whose stages begin with stage number `turn`, to the sums of
+// warpgroup `group`. Each stage but the last is given back when it has been read.
+template <bool IS_HALF>
+__device__ __forceinline__ void multiply(float* acc, u32 base, int group, int turn, int steps) {
+  u32 full = base + SHARED_BARRIERS, empty = full + STAGES * 8;
+  int lane = threadIdx.x % 32;
+  for (int step = 0; step < steps; ++step, ++turn) {
+    int s = turn % STAGES;
+    barrier_wait(full + s * 8, (turn / STAGES) & 1);
+#if !A_BULK || PROBLEM_SUMS
+    // The copies wrote through the generic proxy, the matrix unit reads through the asynchronous.
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+    u32 stage = base + s * STAGE_BYTES;
+    u64 a_desc = descriptor(stage + group * 8192, 8192);
+    u64 b_desc = descriptor(stage + A_BYTES, 8192);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int k = 0; k < BK / 16; ++k) {
+      u64 a_part = a_desc + k * (A_FIRST_IS_K ? 128 : 2), b_part = b_desc + k * (B_FIRST_IS_K ? 128 : 2);
+#if HALVES
+      if (IS_HALF) {
+        wgmma_half(acc, a_part, b_part);
+        continue;
+      }
+#endif
+      wgmma(acc, a_part, b_part);
+    }
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+    if (step > 0 && lane < CLUSTER) barrier_arrive_at(empty + ((turn - 1) % STAGES) * 8, lane);
+  }
+}
 
 // ---- The kernel ----
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
@@ -259,6 +343,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
   build_table(table, offsets, p);
   cluster_sync();
   int num_tiles = table.tiles[p.num_experts];
+#if HALVES
+  num_tiles += num_tiles - whole_pairs(num_tiles);
+#endif
 #if EPILOGUE == EPILOGUE_ACTIVATE
   out2 -= p.first * (p.n / (1 + GATED));
 #endif
@@ -398,24 +485,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
 #pragma unroll
     for (int i = 0; i < ACCUMULATORS; ++i) asm volatile("" : "+f"(acc[i])::"memory");
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-    for (int step = 0; step < steps; ++step, ++turn) {
-      int s = turn % STAGES;
-      barrier_wait(full + s * 8, (turn / STAGES) & 1);
-#if !A_BULK || PROBLEM_SUMS
-      // The copies wrote through the generic proxy, the matrix unit reads through the asynchronous.
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#if HALVES
+    if (tile.is_half) multiply<true>(acc, base, group, turn, steps);
+    else multiply<false>(acc, base, group, turn, steps);
+#else
+    multiply<false>(acc, base, group, turn, steps);
 #endif
-      u32 stage = base + s * STAGE_BYTES;
-      u64 a_desc = descriptor(stage + group * 8192, 8192);
-      u64 b_desc = descriptor(stage + A_BYTES, 8192);
-      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-      for (int k = 0; k < BK / 16; ++k)
-        wgmma(acc, a_desc + k * (A_FIRST_IS_K ? 128 : 2), b_desc + k * (B_FIRST_IS_K ? 128 : 2));
-      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-      asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-      if (step > 0 && lane < CLUSTER) barrier_arrive_at(empty + ((turn - 1) % STAGES) * 8, lane);
-    }
+    turn += steps;
 #if H_STEPS
     for (int step = 0; step < H_STEPS; ++step)
       barrier_wait(full + (turn + step) % STAGES * 8, ((turn + step) / STAGES) & 1);
@@ -468,6 +544,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
     for (int part = 0; part < BN / 64; ++part) {
       float* sums = acc + part * 32;
       int column = tile.n0 + part * 64;
+#if HALVES
+      if (tile.is_half && part * 64 >= BN / 2) break;
+#endif
 #if PROBLEM_SUMS
 #if SPLIT
       if (tile.part >= 0) {
@@ -565,23 +644,23 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
       __syncwarp();
 #endif
 #elif !GATED
+      u32 weighted[16];
 #pragma unroll
       for (int j = 0; j < 8; j += 2) {
-        float* v = sums + j * 4;
-        u32 h[4];
-        ring_h(h, base, turn, warp_row, part * 64 + j * 8);
-        float to_h[8];
-        activate_vjp(v, h, gate, dot, to_h);
-        patch_store(patch, j, to_h);
+        // Beside saving work, branches keep the compiler from doing all columns at one time, for which
+        // it has no registers.
+        if (column + j * 8 < (int)p.n) {
+          u32 h[4], to_h[4];
+          ring_h(h, base, turn, warp_row, part * 64 + j * 8);
+          activate_vjp(sums + j * 4, h, gate, dot, to_h, weighted + j * 2);
+          patch_store_pairs(patch, j, to_h);
+        }
       }
       __syncwarp();
       store_rows(out, p.h_stride, p.n, column);
       __syncwarp();
 #pragma unroll
-      for (int j = 0; j < 8; j += 2) {
-        float* v = sums + j * 4;
-        patch_store(patch, j, v);
-      }
+      for (int j = 0; j < 8; j += 2) patch_store_pairs(patch, j, weighted + j * 2);
       __syncwarp();
       store_rows(out2, p.n, p.n, column);
       __syncwarp();

@@ -188,18 +188,25 @@ __device__ __forceinline__ void activate(float h, float& value, float& slope) {
 }
 
 // Of 8 gradients of the activation as a warp has them in its sums, and their pre-activations: to_h
-// becomes the pre-activations' gradients and v the activations, both gate-weighted; dot grows by
-// gradient times activation. gate and dot are of rows lane / 4 and lane / 4 + 8.
-__device__ __forceinline__ void activate_vjp(float* v, const u32* h, const float* gate, float* dot,
-                                             float* to_h) {
+// becomes the pre-activations' gradients and weighted the activations, both gate-weighted; dot grows
+// by gradient times activation. gate and dot are of rows lane / 4 and lane / 4 + 8. Numbers are in
+// pairs at once, for want of registers.
+__device__ __forceinline__ void activate_vjp(const float* v, const u32* h, const float* gate,
+                                             float* dot, u32* to_h, u32* weighted) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    float value, slope, grad = v[i];
-    int half = (i >> 1) & 1;
-    activate(i % 2 ? high_float(h[i / 2]) : low_float(h[i / 2]), value, slope);
-    dot[half] = fmaf(grad, value, dot[half]);
-    v[i] = gate[half] * value;
-    to_h[i] = gate[half] * grad * slope;
+  for (int i = 0; i < 4; ++i) {
+    float grads[2], values[2];
+    int half = i & 1;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      float value, slope, grad = v[2 * i + j];
+      activate(j ? high_float(h[i]) : low_float(h[i]), value, slope);
+      dot[half] = fmaf(grad, value, dot[half]);
+      values[j] = gate[half] * value;
+      grads[j] = gate[half] * grad * slope;
+    }
+    to_h[i] = pack(grads[0], grads[1]);
+    weighted[i] = pack(values[0], values[1]);
   }
 }
 

@@ -16,7 +16,7 @@ use cudarc::driver::result;
 use cudarc::driver::sys::CUdevice_attribute;
 
 use super::finish::add_parts;
-use super::plan::{row_schedule, segment_tiles, sum_split, sum_tile};
+use super::plan::{row_schedule, saves_memory, segment_tiles, sum_split, sum_tile};
 use super::source::{
     CLUSTER, Epilogue, MAX_EXPERTS, Problem, STAGE_DEPTH, Schedule, Tile, Variant,
 };
@@ -25,7 +25,7 @@ use super::{EstmmArgs, Tensor};
 use crate::backend::{EsmmArgs, RawExpertIndex};
 use crate::ops::device::empty;
 use crate::ops::tile::launch::with_unit_columns;
-use crate::types::RowOrder;
+use crate::types::{Favor, RowOrder};
 
 /// Elements of one 16-byte access.
 const ACCESS: usize = 8;
@@ -344,11 +344,11 @@ pub(super) fn estmm(args: EstmmArgs<Tensor>) -> Result<Tensor, EstmmArgs<Tensor>
     match (args.a_order, args.b_order) {
         (_, RowOrder::Expert) => {
             let (a, b) = (rows_aligned(args.a), rows_aligned(args.b));
-            Ok(sums(&a, args.a_order, &b, &index, false))
+            Ok(sums(&a, args.a_order, &b, &index, false, Favor::Speed))
         }
         (RowOrder::Expert, _) => {
             let (a, b) = (rows_aligned(args.a), rows_aligned(args.b));
-            Ok(sums(&b, args.b_order, &a, &index, true))
+            Ok(sums(&b, args.b_order, &a, &index, true, Favor::Speed))
         }
         // Bulk copies cannot gather: one operand must lie in expert order.
         _ => Err(EstmmArgs { index, ..args }),
@@ -362,11 +362,12 @@ pub(super) fn sums(
     sorted: &Tensor,
     index: &RawExpertIndex<Tensor>,
     out_transposed: bool,
+    favor: Favor,
 ) -> Tensor {
     let (m, n) = (gathered.meta.shape()[1], sorted.meta.shape()[1]);
     let (rows, columns) = if out_transposed { (n, m) } else { (m, n) };
     let out = empty(gathered, [index.num_experts, rows, columns], gathered.dtype);
-    sums_into(gathered, order, sorted, index, out_transposed, &out);
+    sums_into(gathered, order, sorted, index, out_transposed, favor, &out);
     out
 }
 
@@ -377,13 +378,15 @@ pub(super) fn sums_into(
     sorted: &Tensor,
     index: &RawExpertIndex<Tensor>,
     out_transposed: bool,
+    favor: Favor,
     out: &Tensor,
 ) {
     let (m, n) = (gathered.meta.shape()[1], sorted.meta.shape()[1]);
     let experts = index.num_experts;
     let num_slots = index.num_slots();
     let processors = multiprocessors(gathered);
-    let split = sum_split(num_slots, experts, (m, n), processors);
+    let saves_memory = saves_memory(favor, index.top_k);
+    let split = sum_split(num_slots, experts, (m, n), saves_memory, processors);
     let variant = Variant {
         tile: sum_tile(num_slots, experts, (m, n), processors),
         schedule: Schedule::Ring,

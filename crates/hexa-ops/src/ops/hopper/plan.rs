@@ -3,18 +3,19 @@
 use super::source::{CLUSTER, Epilogue, STAGE_DEPTH, STATIONARY_TILE, Schedule, Tile};
 use crate::types::Favor;
 
-/// Rows of ESMM's tiles.
+/// Rows of most tiles.
 pub(super) const TILE_ROWS: usize = 128;
 
-/// Tiles of ESMM, and of ESTMM besides the highest.
+/// Tiles of ESMM and ESTMM besides the highest.
 const TILES: [Tile; 3] = [
     Tile::new(TILE_ROWS, 256),
     Tile::new(TILE_ROWS, 192),
     Tile::new(TILE_ROWS, 128),
 ];
 
-/// A tile of ESTMM alone. A pair of them has 384 rows, a width of Swin-MoE-Small, of which two pairs of
-/// the others would leave a quarter empty.
+/// A tile of ESTMM, and of ESMM without an activation. A pair of them has 384 rows, a width of
+/// Swin-MoE-Small, of which two pairs of the others would leave a quarter empty, and reads less for
+/// each multiplication.
 const HIGH_TILE: Tile = Tile::new(192, 192);
 
 /// Bytes that a multiprocessor gets from the second-level cache in a cycle when all of them read.
@@ -24,15 +25,22 @@ const CACHE_BYTES_PER_CYCLE: usize = 30;
 const EPILOGUE_CYCLES_PER_COLUMN: usize = 18;
 
 /// Estimated time of `pairs` pairs of tiles, in cycles: clusters work on them in rounds; a round
-/// takes `depth / 64` steps and an epilogue.
-fn cycles(tile: Tile, pairs: usize, depth: usize, multiprocessors: usize) -> usize {
-    let rounds = pairs.div_ceil((multiprocessors / CLUSTER).max(1));
+/// takes `depth / 64` steps and an epilogue. A last round for half of the clusters or fewer is halved
+/// if `halves` (`HALVES` of the text), and takes three fifths.
+fn cycles(tile: Tile, pairs: usize, depth: usize, multiprocessors: usize, halves: bool) -> usize {
+    let clusters = (multiprocessors / CLUSTER).max(1);
     // A multiprocessor does 32 × 64 multiplications in a cycle.
     let multiplied = tile.rows * tile.columns / 32;
     let read = 2 * STAGE_DEPTH * (tile.rows + tile.columns / CLUSTER) / CACHE_BYTES_PER_CYCLE;
     let step = multiplied.max(read);
     let epilogue = EPILOGUE_CYCLES_PER_COLUMN * tile.columns * tile.rows / 128;
-    rounds * (depth.div_ceil(STAGE_DEPTH) * step + epilogue)
+    let round = depth.div_ceil(STAGE_DEPTH) * step + epilogue;
+    let last = match pairs % clusters {
+        0 => 0,
+        rest if halves && 2 * rest <= clusters => round * 3 / 5,
+        _ => round,
+    };
+    pairs / clusters * round + last
 }
 
 /// Most stages' depths of rows that shared memory has room for beside three stages of columns.
@@ -55,26 +63,50 @@ pub(super) fn row_schedule(
     if pays && is_suited && steps <= MAX_STATIONARY_STEPS {
         return (STATIONARY_TILE, Schedule::Stationary { steps });
     }
-    let tile = row_tile(num_slots, num_experts, (width, depth), multiprocessors);
+    // Epilogues with an activation need more registers than three multiplying warpgroups leave.
+    let is_plain = epilogue == Epilogue::Store;
+    let tiles = TILES.into_iter().chain(is_plain.then_some(HIGH_TILE));
+    let widths = (width, depth);
+    let tile = row_tile(
+        tiles,
+        is_plain,
+        num_slots,
+        num_experts,
+        widths,
+        multiprocessors,
+    );
     (tile, Schedule::Ring)
 }
 
-/// Column tiles of a segment, where rows stay: as many as give the least time, if clusters work on
-/// segments in rounds and a segment's rows cost three quarters of a column tile. Each segment has one
-/// for both of the kernel's teams; `width` is of two tiles or more.
+/// Column tiles of a segment, where rows stay: as many as give the least time, if cubes work on segments
+/// in rounds and a segment's rows cost three quarters of a column tile. Each segment has one for both of
+/// the kernel's teams; `width` is of two tiles or more. The kernel halves the segments of a last round
+/// that no more than half of the cubes would have.
 pub(super) fn segment_tiles(
     num_slots: usize,
     num_experts: usize,
     width: usize,
     multiprocessors: usize,
 ) -> usize {
-    let clusters = (multiprocessors / CLUSTER).max(1);
+    let cubes = multiprocessors.max(1);
     let tiles = width.div_ceil(STATIONARY_TILE.columns).max(1);
-    // Every second expert is expected to end with a pair that is half empty.
-    let pairs = num_slots.div_ceil(CLUSTER * STATIONARY_TILE.rows) + num_experts / 2;
-    let time = |&segment: &usize| {
-        let rounds = (pairs * tiles.div_ceil(segment)).div_ceil(clusters);
-        rounds * (4 * segment + 3)
+    // Each expert is expected to end with a tile that is half empty.
+    let least = num_slots.div_ceil(STATIONARY_TILE.rows) + num_experts.saturating_sub(3) / 2;
+    let round = |segment: usize| 4 * segment + 3;
+    let time = |&segment: &usize| -> usize {
+        let last = tiles % segment;
+        let is_halved = segment >= 4 && segment % 2 == 0 && (last == 0 || last > segment / 2);
+        (least..least + 4)
+            .map(|row_tiles| {
+                let segments = row_tiles * tiles.div_ceil(segment);
+                segments / cubes * round(segment)
+                    + match segments % cubes {
+                        0 => 0,
+                        rest if is_halved && 2 * rest <= cubes => round(segment / 2),
+                        _ => round(segment),
+                    }
+            })
+            .sum()
     };
     let suits_teams = |segment: &usize| tiles % segment != 1;
     (2..=tiles)
@@ -83,25 +115,30 @@ pub(super) fn segment_tiles(
         .unwrap_or(tiles)
 }
 
-/// ESMM's tile in a ring: the one with the least estimated time for results `width` wide.
+/// Of these tiles for ESMM in a ring the one with the least estimated time for results `width` wide.
+/// Pairs of the widest are halved where that pays, if `halves`.
 fn row_tile(
+    tiles: impl IntoIterator<Item = Tile>,
+    halves: bool,
     num_slots: usize,
     num_experts: usize,
     (width, depth): (usize, usize),
     multiprocessors: usize,
 ) -> Tile {
     let time = |tile: &Tile| {
-        let pairs = row_pairs(num_slots, num_experts, width.div_ceil(tile.columns));
-        cycles(*tile, pairs, depth, multiprocessors)
+        let pairs = row_pairs(*tile, num_slots, num_experts, width);
+        let halves = halves && tile.columns == TILES[0].columns;
+        cycles(*tile, pairs, depth, multiprocessors, halves)
     };
-    TILES.into_iter().min_by_key(time).unwrap_or(TILES[0])
+    tiles.into_iter().min_by_key(time).unwrap_or(TILES[0])
 }
 
-/// Pairs of ESMM's tiles that balanced experts have: one tile above the other, and an odd last one
-/// beside its neighbour.
-fn row_pairs(num_slots: usize, num_experts: usize, column_tiles: usize) -> usize {
+/// Pairs of tiles of ESMM that balanced experts have for results `width` wide: one tile above the other,
+/// and an odd last one beside its neighbour.
+fn row_pairs(tile: Tile, num_slots: usize, num_experts: usize, width: usize) -> usize {
     let experts = num_experts.clamp(1, num_slots.max(1));
-    let row_tiles = num_slots.div_ceil(experts).div_ceil(TILE_ROWS);
+    let row_tiles = num_slots.div_ceil(experts).div_ceil(tile.rows);
+    let column_tiles = width.div_ceil(tile.columns);
     experts * (row_tiles / 2 * column_tiles + row_tiles % 2 * column_tiles.div_ceil(2))
 }
 
@@ -116,7 +153,7 @@ pub(super) fn sum_tile(
     let time = |tile: &Tile| {
         let pairs = num_experts * m.div_ceil(CLUSTER * tile.rows) * n.div_ceil(tile.columns);
         let depth = num_slots.div_ceil(num_experts.max(1));
-        cycles(*tile, pairs, depth, multiprocessors)
+        cycles(*tile, pairs, depth, multiprocessors, false)
     };
     let tiles = TILES.into_iter().chain([HIGH_TILE]);
     tiles.min_by_key(time).unwrap_or(TILES[0])
@@ -133,20 +170,25 @@ pub(super) fn sorts_rows(d_ff: usize) -> bool {
     d_ff >= SORTED_WIDTH
 }
 
+/// Whether the backward pass takes less memory where that costs little time: if memory is favored, and
+/// with one choice per token, as it needs the most there.
+pub(super) fn saves_memory(favor: Favor, top_k: usize) -> bool {
+    favor == Favor::Memory || top_k == 1
+}
+
 /// Columns of one piece of the activation's gradient, whose weighted activations are then summed to
 /// their piece of the second weights' gradient and forgotten.
 ///
 /// Two pieces halve the largest buffer of the backward pass. They pay where slots outnumber the
-/// weights' rows and each piece is made of whole tiles: with one choice per token always, as the
-/// backward pass needs the most memory there, and with more choices only if memory is favored, as they
-/// win nothing unless the forward pass is cut, too.
+/// weights' rows and each piece is made of whole tiles, and are made where that [`saves_memory`]; with
+/// more choices per token they win nothing unless the forward pass is cut, too.
 pub(super) fn gradient_piece(
     favor: Favor,
     (num_slots, top_k): (usize, usize),
     num_experts: usize,
     (d_model, d_ff): (usize, usize),
 ) -> usize {
-    let is_cut = favor == Favor::Memory || top_k == 1;
+    let is_cut = saves_memory(favor, top_k);
     let pays = num_slots > num_experts * d_model && d_ff.is_multiple_of(2 * TILES[0].columns);
     if is_cut && pays { d_ff / 2 } else { d_ff }
 }
@@ -156,7 +198,8 @@ pub(super) fn gradient_piece(
 ///
 /// If memory is favored, two windows halve that buffer with more choices per token, where the forward
 /// pass needs the most memory and slots outnumber the weights' rows. The first is as long as the
-/// second product takes whole rounds for, half of them at most, so that the cut costs no round.
+/// second product takes whole rounds of the lower tiles for, half of them at most, so that the cut costs
+/// no round of these.
 pub(super) fn first_window(
     favor: Favor,
     (num_slots, top_k): (usize, usize),
@@ -165,10 +208,18 @@ pub(super) fn first_window(
     multiprocessors: usize,
 ) -> usize {
     let is_cut = favor == Favor::Memory && top_k > 1 && !sorts_rows(d_ff);
-    let tile = row_tile(num_slots, num_experts, (d_model, d_ff), multiprocessors);
+    let widths = (d_model, d_ff);
+    let tile = row_tile(
+        TILES,
+        false,
+        num_slots,
+        num_experts,
+        widths,
+        multiprocessors,
+    );
     let clusters = (multiprocessors / CLUSTER).max(1);
     let column_tiles = d_model.div_ceil(tile.columns);
-    let rounds = row_pairs(num_slots, num_experts, column_tiles).div_ceil(clusters);
+    let rounds = row_pairs(tile, num_slots, num_experts, d_model).div_ceil(clusters);
     // Of the pairs, as many may be partly filled as half of the window's share of the experts.
     let filled = (rounds / 2 * clusters / column_tiles).saturating_sub(num_experts.div_ceil(4));
     let first = filled * CLUSTER * TILE_ROWS;
@@ -192,21 +243,23 @@ pub(super) struct SumSplit {
 /// The cut, or none where one expert's tiles suffice. A function of shapes alone: sums are
 /// reproducible.
 ///
-/// A part holds half again the rows of an average expert, so that balanced routing needs no parts,
-/// and all parts together take at most 4/3 `num_experts` results in f32. Nothing is cut if one
-/// expert's tiles occupy most of the device.
+/// A part holds a quarter more than the rows of an average expert, or half again as many if memory is
+/// to be saved, so that balanced routing needs no parts, and all parts together take at most 8/5 or 4/3
+/// `num_experts` results in f32. Nothing is cut if one expert's tiles occupy most of the device.
 pub(super) fn sum_split(
     num_slots: usize,
     num_experts: usize,
     (m, n): (usize, usize),
+    saves_memory: bool,
     multiprocessors: usize,
 ) -> Option<SumSplit> {
     let tiles = m.div_ceil(CLUSTER * TILE_ROWS) * CLUSTER * n.div_ceil(TILES[0].columns);
     if num_experts < 2 || 4 * tiles >= 3 * multiprocessors {
         return None;
     }
-    let chunk = (3 * num_slots)
-        .div_ceil(2 * num_experts)
+    let quarters = if saves_memory { 6 } else { 5 };
+    let chunk = (quarters * num_slots)
+        .div_ceil(4 * num_experts)
         .next_multiple_of(STAGE_DEPTH);
     // A cut expert has more than `chunk` rows, and less than one part more than that many would fill.
     let full = num_slots / chunk;
@@ -222,15 +275,19 @@ mod tests {
     use crate::types::Activation;
 
     fn row_tile_of(slots: usize, experts: usize, width: usize, depth: usize) -> (usize, usize) {
-        let tile = row_tile(slots, experts, (width, depth), 132);
+        let epilogue = Epilogue::Store;
+        let (tile, schedule) = row_schedule(slots, experts, (width, depth), epilogue, 132);
+        assert_eq!(schedule, Schedule::Ring);
         (tile.rows, tile.columns)
     }
 
     #[test]
     fn narrow_results_get_tiles_that_fit() {
-        // Stage 3 of Swin-MoE-Small: 384 columns are two tiles of 192.
-        assert_eq!(row_tile_of(18_432, 8, 384, 1536), (128, 192));
-        assert_eq!(row_tile_of(18_432, 8, 1536, 384), (128, 256));
+        // Stage 3 of Swin-MoE-Small: 384 columns are two tiles of 192, and with 192 rows 96 pairs of
+        // them are two rounds of 66 clusters, where 144 of 128 rows are three.
+        assert_eq!(row_tile_of(18_432, 8, 384, 1536), (192, 192));
+        assert_eq!(row_tile_of(18_432, 8, 512, 2048), (128, 256));
+        assert_eq!(row_tile_of(18_432, 8, 1536, 384), (192, 192));
         assert_eq!(row_tile_of(1, 8, 8, 8), (128, 128));
         assert_eq!(row_tile_of(0, 8, 8, 8), (128, 256));
     }
@@ -252,10 +309,10 @@ mod tests {
 
     #[test]
     fn segments_fill_the_clusters() {
-        // 148 pairs of 16 column tiles: 592 segments of 4 for 66 clusters are 9 rounds.
-        assert_eq!(segment_tiles(36_864, 8, 2048, 132), 4);
-        assert_eq!(segment_tiles(36_864, 8, 1536, 132), 4);
-        assert_eq!(segment_tiles(18_432, 8, 768, 132), 2);
+        // 148 pairs of 16 column tiles: 296 segments of 8 for 66 clusters are 4 rounds and a half.
+        assert_eq!(segment_tiles(36_864, 8, 2048, 132), 8);
+        assert_eq!(segment_tiles(36_864, 8, 1536, 132), 6);
+        assert_eq!(segment_tiles(18_432, 8, 1024, 132), 4);
         assert_eq!(segment_tiles(1, 1, 1536, 132), 2);
         // Five tiles in two segments, not in three of two, two and one.
         assert_eq!(segment_tiles(1, 1, 520, 132), 3);
@@ -264,11 +321,14 @@ mod tests {
 
     #[test]
     fn odd_tiles_pair_with_their_neighbours() {
-        assert_eq!(row_pairs(18_432, 8, 2), 144);
-        assert_eq!(row_pairs(4608, 8, 16), 8 * (2 * 16 + 8));
-        assert_eq!(row_pairs(4608, 8, 3), 8 * (2 * 3 + 2));
-        assert_eq!(row_pairs(3, 8, 1), 3);
-        assert_eq!(row_pairs(0, 8, 1), 0);
+        let pairs = |tile, slots, width| row_pairs(tile, slots, 8, width);
+        assert_eq!(pairs(TILES[0], 18_432, 512), 144);
+        assert_eq!(pairs(HIGH_TILE, 18_432, 384), 96);
+        assert_eq!(pairs(TILES[0], 4608, 4096), 8 * (2 * 16 + 8));
+        assert_eq!(pairs(TILES[1], 4608, 576), 8 * (2 * 3 + 2));
+        assert_eq!(pairs(HIGH_TILE, 4608, 576), 8 * (3 + 2));
+        assert_eq!(pairs(TILES[2], 3, 8), 3);
+        assert_eq!(pairs(TILES[2], 0, 8), 0);
     }
 
     #[test]
@@ -294,9 +354,10 @@ mod tests {
 
     #[test]
     fn parts_never_exceed_their_bound() {
-        for num_experts in 2..5 {
+        for (num_experts, saves_memory) in [(2, false), (3, true), (4, false), (4, true)] {
             for num_slots in [1, 63, 64, 500, 1000] {
-                let Some(split) = sum_split(num_slots, num_experts, (8, 8), 132) else {
+                let Some(split) = sum_split(num_slots, num_experts, (8, 8), saves_memory, 132)
+                else {
                     panic!("small results are cut");
                 };
                 for first in (0..=num_slots).step_by(7) {
@@ -313,10 +374,10 @@ mod tests {
 
     #[test]
     fn wide_results_and_single_experts_are_not_cut() {
-        assert_eq!(sum_split(8192, 8, (4096, 14_336), 132), None);
-        assert_eq!(sum_split(8192, 1, (64, 64), 132), None);
-        assert_eq!(sum_split(4608, 8, (1024, 4096), 132), None);
-        assert!(sum_split(18_432, 8, (384, 1536), 132).is_some());
+        assert_eq!(sum_split(8192, 8, (4096, 14_336), false, 132), None);
+        assert_eq!(sum_split(8192, 1, (64, 64), false, 132), None);
+        assert_eq!(sum_split(4608, 8, (1024, 4096), true, 132), None);
+        assert!(sum_split(18_432, 8, (384, 1536), true, 132).is_some());
     }
 
     #[test]

@@ -32,6 +32,9 @@ pub(super) const FINISH_THREADS: u32 = 256;
 /// Rows and columns of the results that a warp passes through shared memory at a time.
 const PATCH_BYTES: usize = 16 * 64 * 2;
 
+/// Bytes in which a warp keeps what it needs to know of its segment, where rows stay.
+const SEGMENT_BYTES: usize = 24;
+
 /// Most experts that the kernels' shared memory has room for.
 pub(super) const MAX_EXPERTS: usize = 512;
 
@@ -202,7 +205,7 @@ impl Variant {
     }
 
     /// Bytes of shared memory beside the stages: a patch for each multiplying warp and the table of
-    /// tiles; rows that stay with their barriers, and two segments' gate weights.
+    /// tiles; rows that stay with their barriers, two segments' gate weights, and warps' segments.
     fn other_bytes(&self) -> usize {
         let warps = self.groups() * GROUP_THREADS / 32;
         match self.schedule {
@@ -211,10 +214,11 @@ impl Variant {
                 warps * PATCH_BYTES + table.next_multiple_of(1024)
             }
             Schedule::Stationary { steps } => {
-                let table = 8 * (self.num_experts + 2);
+                let table = 12 + 8 * (self.num_experts + 1);
                 let gates = 2 * 4 * self.tile.rows;
                 let rows = steps * (self.tile.rows * STAGE_DEPTH * 2 + 24);
-                warps * PATCH_BYTES + gates + rows + table.next_multiple_of(256)
+                let own = PATCH_BYTES + SEGMENT_BYTES;
+                warps * own + gates + rows + table.next_multiple_of(256)
             }
         }
     }
@@ -285,16 +289,19 @@ impl Variant {
             .add("IS_F16", usize::from(self.is_f16))
             .add("A_FIRST_IS_K", usize::from(is_sums))
             .add("B_FIRST_IS_K", first_is_k(transposed));
-        let wgmma = wgmma(
-            self.tile.columns,
-            usize::from(is_sums),
-            first_is_k(transposed),
-            self.is_f16,
-        );
+        let wgmma = [("wgmma", 1), ("wgmma_half", 2)].map(|(name, parts)| {
+            wgmma(
+                name,
+                self.tile.columns / parts,
+                usize::from(is_sums),
+                first_is_k(transposed),
+                self.is_f16,
+            )
+        });
         if self.schedule == Schedule::Ring {
             defines.add("BM", self.tile.rows);
         }
-        defines.0 + &wgmma + INSTRUCTIONS + OPERANDS + grouped
+        defines.0 + &wgmma.concat() + INSTRUCTIONS + OPERANDS + grouped
     }
 }
 
@@ -337,17 +344,23 @@ fn activation_number(activation: Activation) -> usize {
     }
 }
 
-/// A function around one instruction, `d += a · b` for 64 rows, `columns` columns and a depth of
+/// A function `name` around one instruction, `d += a · b` for 64 rows, `columns` columns and a depth of
 /// 16. `a_first_is_k` and `b_first_is_k` say that the operand is stored with the summed dimension
 /// first.
-fn wgmma(columns: usize, a_first_is_k: usize, b_first_is_k: usize, is_f16: bool) -> String {
+fn wgmma(
+    name: &str,
+    columns: usize,
+    a_first_is_k: usize,
+    b_first_is_k: usize,
+    is_f16: bool,
+) -> String {
     let count = columns / 2;
     let list = |item: &dyn Fn(usize) -> String| (0..count).map(item).collect::<Vec<_>>().join(", ");
     let registers = list(&|i| format!("%{i}"));
     let operands = list(&|i| format!("\"+f\"(d[{i}])"));
     let dtype = if is_f16 { "f16" } else { "bf16" };
     format!(
-        "__device__ __forceinline__ void wgmma(float* d, unsigned long long a, unsigned long long b) {{\n\
+        "__device__ __forceinline__ void {name}(float* d, unsigned long long a, unsigned long long b) {{\n\
          asm volatile(\"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{dtype}.{dtype} \
          {{{registers}}}, %{count}, %{b}, 1, 1, 1, {a_first_is_k}, {b_first_is_k};\" \
          : {operands} : \"l\"(a), \"l\"(b));\n}}\n",
@@ -435,6 +448,6 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line}");
         }
-        assert_eq!(text.matches("\"+f\"(d[").count(), 96);
+        assert_eq!(text.matches("\"+f\"(d[").count(), 96 + 48);
     }
 }

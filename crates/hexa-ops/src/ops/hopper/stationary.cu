@@ -6,10 +6,10 @@
 // that one's epilogue runs beside the other's products. In the ring of grouped.cu the matrix unit
 // stands still during epilogues; with few steps to a tile, as here, that is most of the time.
 //
-// A cluster's two cubes have rows one below the other and share b. The second has none if an expert
-// has an odd number of row tiles. A pair's column tiles are worked on in segments, dealt out one
-// after the other, so that what runs at one time shares an expert's b in the cache; each begins with
-// its rows of a, which are copied while the last one's products end.
+// Cubes share nothing, as in pairs each would wait for the other's teams, too. A row tile's column tiles
+// are worked on in segments, dealt out one after the other, so that what runs at one time shares an
+// expert's b in the cache; each begins with its rows of a, which are copied while the last one's
+// products end.
 //
 // Definitions in front of this text, beside those of operands.cu: STAGES, STEPS (stages' depths in
 // the summed width), the registers per thread, wgmma(), A_SOURCE, EPILOGUE, HAS_BIAS, IS_F16, and
@@ -23,23 +23,26 @@
 #define LINES (PRODUCERS_OF_A / 8)  // rows that they copy 128 bytes of at a time
 #define A_STEP_BYTES (BM * BK * 2)
 #define PATCH 2048  // 16 rows of 64 columns, of each warp
+#define SEGMENT_BYTES 24
 // Dynamic shared memory: a's steps, the stages of b, patches, two segments' gate weights, barriers,
-// and the table.
+// multiplying warps' segments, and the table.
 #define SHARED_STAGES (STEPS * A_STEP_BYTES)
 #define SHARED_PATCHES (SHARED_STAGES + STAGES * B_BYTES)
 #define SHARED_GATES (SHARED_PATCHES + PATCH * (CONSUMERS / 32))
 #define SHARED_BARRIERS (SHARED_GATES + 2 * BM * 4)
-#define SHARED_TABLE (SHARED_BARRIERS + STAGES * 16 + STEPS * 24)
+#define SHARED_SEGMENTS (SHARED_BARRIERS + STAGES * 16 + STEPS * 24)
+#define SHARED_TABLE (SHARED_SEGMENTS + SEGMENT_BYTES * (CONSUMERS / 32))
 
 #define IS_VJP (EPILOGUE == EPILOGUE_ACTIVATE_VJP)
 
 // ---- Where tiles lie ----
 // In shared memory: a head, then the experts.
 struct Head {
-  int segments, chunks;  // of all experts, of one pair of row tiles
+  int segments, chunks;  // of all experts, of one row tile
+  int whole;             // segments before those of the last round that are halved
 };
 struct Entry {
-  int begin, pairs;  // an expert's first position in the window; pairs of row tiles before its own
+  int begin, tiles;  // an expert's first position in the window; row tiles before its own
 };
 
 // Column tiles from `start` on of a cube's rows.
@@ -48,6 +51,7 @@ struct Segment {
   int start, tiles;        // column tiles
   bool exists, is_last;
 };
+static_assert(sizeof(Segment) == SEGMENT_BYTES, "shared memory has room for segments");
 
 __device__ __forceinline__ void build_table(u8* shared, const int* offsets, const Params& p) {
   Head* head = (Head*)(shared + SHARED_TABLE);
@@ -58,16 +62,24 @@ __device__ __forceinline__ void build_table(u8* shared, const int* offsets, cons
     for (int base = 0; base <= experts; base += 32) {
       int e = base + lane, begin = e <= experts ? window_begin(offsets, e, p) : 0;
       int end = e < experts ? window_begin(offsets, e + 1, p) : begin;
-      int pairs = (end - begin + CLUSTER * BM - 1) / (CLUSTER * BM), before = pairs;
+      int tiles = (end - begin + BM - 1) / BM, before = tiles;
       for (int step = 1; step < 32; step *= 2) {
         int left = __shfl_up_sync(~0u, before, step);
         if (lane >= step) before += left;
       }
-      if (e <= experts) entries[e] = {begin, sum + before - pairs};
+      if (e <= experts) entries[e] = {begin, sum + before - tiles};
       sum += __shfl_sync(~0u, before, 31);
     }
     int n_tiles = ((int)p.n + BN - 1) / BN, chunks = (n_tiles + (int)p.chunk - 1) / (int)p.chunk;
-    if (lane == 0) *head = {sum * chunks, chunks};
+    if (lane == 0) {
+      // If no more than half of the cubes would have a last segment, twice as many get half of one,
+      // where both teams have a tile in each half, or one has in the row's last.
+      int segments = sum * chunks, rest = segments % (int)gridDim.x;
+      int chunk = (int)p.chunk, last = n_tiles % chunk;
+      bool halves = 2 * rest <= (int)gridDim.x && chunk >= 4 && chunk % 2 == 0 &&
+                    (last == 0 || last > chunk / 2);
+      *head = {halves ? segments + rest : segments, chunks, halves ? segments - rest : segments};
+    }
   }
   __syncthreads();
 }
@@ -76,37 +88,47 @@ __device__ __forceinline__ u32 thread_index() {
   u32 index; asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index)); return index;
 }
 
-// This cube's segment number `turn`. Everything is found anew each time, for want of registers.
+// This cube's segment number `turn`.
 __device__ __forceinline__ Segment find_segment(u8* shared, int turn, const Params& p) {
   u32 cube, cubes;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(cube));
   asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(cubes));
   volatile Head* head = (volatile Head*)(shared + SHARED_TABLE);
   volatile Entry* entries = (volatile Entry*)(head + 1);
-  int segments = head->segments, chunks = head->chunks;
-  int index = turn * (cubes / CLUSTER) + cube / CLUSTER;
+  int segments = head->segments, chunks = head->chunks, whole = head->whole;
+  int index = turn * cubes + cube;
   Segment segment;
   segment.exists = index < segments;
-  segment.is_last = index + (int)(cubes / CLUSTER) >= segments;
-  int pair = index / chunks, low = 0, high = (int)p.num_experts;
+  segment.is_last = index + (int)cubes >= segments;
+  int len = (int)p.chunk, half = 0;
+  if (index >= whole) {
+    len /= 2;
+    half = (index - whole) % 2;
+    index = whole + (index - whole) / 2;
+  }
+  int tile = index / chunks, low = 0, high = (int)p.num_experts;
   while (high - low > 1) {
     int middle = (low + high) / 2;
-    if (entries[middle].pairs <= pair) low = middle; else high = middle;
+    if (entries[middle].tiles <= tile) low = middle; else high = middle;
   }
   segment.expert = __shfl_sync(~0u, low, 0);
-  int first = entries[low].begin + (CLUSTER * (pair - entries[low].pairs) + cube % CLUSTER) * BM;
+  int first = entries[low].begin + (tile - entries[low].tiles) * BM;
   segment.first = __shfl_sync(~0u, first, 0);
-  segment.len = __shfl_sync(~0u, max(0, min(BM, entries[low + 1].begin - first)), 0);
-  int start = index % chunks * (int)p.chunk;
+  segment.len = __shfl_sync(~0u, min(BM, entries[low + 1].begin - first), 0);
+  int start = index % chunks * (int)p.chunk + half * len;
   segment.start = __shfl_sync(~0u, start, 0);
-  segment.tiles =
-      __shfl_sync(~0u, min((int)p.chunk, ((int)p.n + BN - 1) / BN - start), 0);
+  segment.tiles = __shfl_sync(~0u, min(len, ((int)p.n + BN - 1) / BN - start), 0);
   return segment;
 }
 
+__device__ __forceinline__ void keep(volatile Segment& to, const Segment& from) {
+  to.expert = from.expert; to.first = from.first; to.len = from.len;
+  to.start = from.start; to.tiles = from.tiles;
+  to.is_last = from.is_last;
+}
+
 // ---- The kernel ----
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
-    __launch_bounds__(CONSUMERS + 128, 1) hexa_grouped(
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) hexa_grouped(
     const __grid_constant__ TensorMap b_map, const u16*, const u16* __restrict__ a,
     const int* __restrict__ slots, const int* __restrict__ offsets,
 #if HAS_BIAS
@@ -126,7 +148,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; ++s) {
       barrier_init(full + s * 8, 1);
-      barrier_init(empty + s * 8, CLUSTER * (TEAM / 32));
+      barrier_init(empty + s * 8, TEAM / 32);
     }
     for (int s = 0; s < STEPS; ++s) {
       // The first step's arrivals announce the gate weights, too.
@@ -137,7 +159,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   build_table(shared, offsets, p);
-  cluster_sync();
 #if !IS_VJP
   out2 -= p.first * p.n;
 #endif
@@ -156,8 +177,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
               int s = turn % STAGES;
               if (turn >= STAGES) barrier_wait(empty + s * 8, (turn / STAGES - 1) & 1);
               barrier_arrive_expecting(full + s * 8, B_BYTES);
-              copy_half_of_b<true>(base + SHARED_STAGES + s * B_BYTES, &b_map, tile * BN, step * BK,
-                                   segment.expert, blockIdx.x % CLUSTER, full + s * 8);
+              for (int half = 0; half < 2; ++half)
+                copy_half_of_b<false>(base + SHARED_STAGES + s * B_BYTES, &b_map, tile * BN,
+                                      step * BK, segment.expert, half, full + s * 8);
             }
           }
         }
@@ -213,16 +235,22 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
-  // Shuffled, so that the compiler sees that it is the same for all lanes.
-  int team = __shfl_sync(~0u, threadIdx.x / TEAM, 0);
-  u32 own_a_empty = a_empty + team * STEPS * 8;
+  auto team = [] { return (int)(thread_index() / TEAM); };
+  auto own_a_empty = [&](int step) { return a_empty + (team() * STEPS + step) * 8; };
   int before = 0;  // column tiles that this cube is done with
   for (int number = 0;; ++number) {
-    Segment rows = find_segment(shared, number, p);
-    if (!rows.exists) break;
-    int own = (before + team) & 1;
+    // Read from shared memory wherever it is used: there are no registers for it, and what the
+    // compiler would keep in local memory takes ten times as long to come back.
+    volatile Segment& rows = ((volatile Segment*)(shared + SHARED_SEGMENTS))[thread_index() / 32];
+    Segment found = find_segment(shared, number, p);
+    if (!found.exists) break;
+    __syncwarp();
+    if (thread_index() % 32 == 0) keep(rows, found);
+    __syncwarp();
+    // Shuffled, so that the compiler sees that it is the same for all lanes.
+    int own = __shfl_sync(~0u, (before + team()) & 1, 0);
     if (own >= rows.tiles && thread_index() % 32 < STEPS)
-      barrier_arrive(own_a_empty + thread_index() % 32 * 8);
+      barrier_arrive(own_a_empty(thread_index() % 32));
     for (bool first = true; own < rows.tiles; own += 2, first = false) {
       int n0 = (rows.start + own) * BN;
       bool last = own + 2 >= rows.tiles;
@@ -245,7 +273,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
       };
-      if (rows.len > 0) {
+      if (warp_row < rows.len) {
         load_h(0);
         // The other half is brought near.
         int row = warp_row + lane % 16, column = n0 + 64;
@@ -277,7 +305,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
       // The other team has waited for all of b before this tile's. Without that, parities would not
       // tell a stage's second filling from none.
       if (before + own > 0)
-        asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(CONSUMERS) : "memory");
+        asm volatile("bar.sync %0, %1;" ::"r"(1 + team()), "n"(CONSUMERS) : "memory");
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
       int turn = (before + own) * STEPS;
       u32 s = turn % STAGES, parity = turn / STAGES & 1;
@@ -301,23 +329,23 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
         if (step > 0) {
-          if (lane < CLUSTER) barrier_arrive_at(empty + last_stage * 8, lane);
-          else if (last && lane == CLUSTER) barrier_arrive(own_a_empty + (step - 1) * 8);
+          if (lane == 0) barrier_arrive(empty + last_stage * 8);
+          else if (last && lane == 1) barrier_arrive(own_a_empty(step - 1));
         }
         last_stage = s;
         s = s + 1 == STAGES ? 0 : s + 1;
         parity ^= s == 0;
       }
       if (!rows.is_last || own + 1 < rows.tiles)
-        asm volatile("bar.arrive %0, %1;" ::"r"(2 - team), "n"(CONSUMERS) : "memory");
+        asm volatile("bar.arrive %0, %1;" ::"r"(2 - team()), "n"(CONSUMERS) : "memory");
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
       for (int i = 0; i < BN / 2; ++i) asm volatile("" : "+f"(acc[i])::"memory");
-      if (lane < CLUSTER) barrier_arrive_at(empty + last_stage * 8, lane);
-      else if (last && lane == CLUSTER) barrier_arrive(own_a_empty + (STEPS - 1) * 8);
+      if (lane == 0) barrier_arrive(empty + last_stage * 8);
+      else if (last && lane == 1) barrier_arrive(own_a_empty(STEPS - 1));
 
       // ---- Epilogue: 16 rows x 64 columns at a time ----
-      if (rows.len == 0) continue;
+      if (warp_row >= rows.len) continue;
       lane = thread_index() % 32;
 #if IS_VJP
       // Gate weights of this lane's rows of the sums.
@@ -333,13 +361,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
         u32 place = lane;
         asm volatile("" : "+r"(place), "+r"(patch));
         column += place % 8 * 8;
+        u16* corner = to + rows.first * (u64)stride + (warp_row + place / 8) * stride + column;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           uint4 v = patch_load(patch_chunk(patch, 4 * i + place / 8, place % 8));
-          if (4 * i < rows_left && column < (int)p.n) {
-            u32 row = warp_row + place / 8 + 4 * i;
-            store16(to + rows.first * (u64)stride + row * stride + column, v);
-          }
+          if (4 * i < rows_left && column < (int)p.n) store16(corner + 4 * i * stride, v);
         }
         __syncwarp();
       };
@@ -353,16 +379,21 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
         asm volatile("" : "+r"(patch));
         int column = n0 + part * 64;
 #if IS_VJP
+        u32 weighted[16];
         asm volatile("cp.async.wait_group 0;" ::: "memory");
         __syncwarp();
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
-          float* v = sums + j * 4;
-          u32 h[4];
-          patch_load_pairs(patch, j, h);
-          float to_h[8];
-          activate_vjp(v, h, gate, dot, to_h);
-          patch_store(patch, j, to_h);
+          // Beside saving work, branches keep the compiler from doing all columns at one time, for
+          // which it has no registers.
+          if (column + j * 8 < (int)p.n) {
+            float* v = sums + j * 4;
+            u32 h[4];
+            patch_load_pairs(patch, j, h);
+            u32 to_h[4];
+            activate_vjp(v, h, gate, dot, to_h, weighted + j * 2);
+            patch_store_pairs(patch, j, to_h);
+          }
         }
         __syncwarp();
 #if SUMS_BIAS
@@ -381,7 +412,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
 #endif
         store_rows(patch, out, p.h_stride, column);
 #pragma unroll
-        for (int j = 0; j < 8; j += 2) patch_store(patch, j, sums + j * 4);
+        for (int j = 0; j < 8; j += 2) patch_store_pairs(patch, j, weighted + j * 2);
         __syncwarp();
         store_rows(patch, out2, p.n, column);
         if (part == 0) load_h(1);
@@ -415,5 +446,4 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
     before += rows.tiles;
   }
   }
-  cluster_sync();  // a cube must not end while the other one's copies and arrivals reach it
 }

@@ -18,9 +18,10 @@
 // that lie in expert order come by bulk tensor copies (A_BULK), others are gathered by asynchronous
 // copies of 16 bytes, with zeros for what is missing.
 //
-// The launcher puts these definitions in front (see source.rs): BM, BN, STAGES, TOP_K, the
-// registers per thread, and the function wgmma(); PROBLEM_SUMS, A_SOURCE, A_BULK, B_TRANSPOSED,
-// OUT_SOURCE, OUT_TRANSPOSED, EPILOGUE, ACTIVATION, GATED, HAS_BIAS, HAS_GATES, IS_F16, SPLIT.
+// The launcher puts these definitions in front (see source.rs): BM, BN, STAGES, TOP_K, the registers
+// per thread, the functions wgmma() and, for half of the columns, wgmma_half(); PROBLEM_SUMS, A_SOURCE,
+// A_BULK, B_TRANSPOSED, OUT_SOURCE, OUT_TRANSPOSED, EPILOGUE, ACTIVATION, GATED, HAS_BIAS, HAS_GATES,
+// IS_F16, SPLIT.
 
 #define CONSUMER_WARPS (BM / 16)
 #define ACCUMULATORS (BN / 2)

@@ -309,7 +309,7 @@ mod tests {
 
     #[test]
     fn segments_fill_the_clusters() {
-        // 148 pairs of 16 column tiles: 296 segments of 8 for 66 clusters are 4 rounds and a half.
+        // 292 row tiles of 16 column tiles: 584 segments of 8 for 132 cubes are 4 rounds and a half.
         assert_eq!(segment_tiles(36_864, 8, 2048, 132), 8);
         assert_eq!(segment_tiles(36_864, 8, 1536, 132), 6);
         assert_eq!(segment_tiles(18_432, 8, 1024, 132), 4);

@@ -151,7 +151,12 @@ fn main() -> Result<()> {
     let mut report = Report::default();
     for &backend in &arguments.backend {
         for &shape in &arguments.shapes {
-            run(backend, shape, measurement, &arguments, &mut report)
+            let case = Case {
+                backend,
+                shape,
+                measurement,
+            };
+            run(case, &arguments, &mut report)
                 .with_context(|| format!("{} at {shape}", name(backend)))?;
         }
     }
@@ -181,20 +186,22 @@ enum Measurement {
     Operators,
 }
 
-fn run(
+/// One back-end at one shape.
+#[derive(Clone, Copy)]
+struct Case {
     backend: BackendName,
     shape: Shape,
     measurement: Measurement,
-    arguments: &Arguments,
-    report: &mut Report,
-) -> Result<()> {
-    match backend {
+}
+
+fn run(case: Case, arguments: &Arguments, report: &mut Report) -> Result<()> {
+    match case.backend {
         #[cfg(feature = "cpu")]
-        BackendName::Cpu => on::<backends::Cpu>(backend, shape, measurement, arguments, report),
+        BackendName::Cpu => on::<backends::Cpu>(case, arguments, report),
         #[cfg(feature = "wgpu")]
-        BackendName::Wgpu => on::<backends::Wgpu>(backend, shape, measurement, arguments, report),
+        BackendName::Wgpu => on::<backends::Wgpu>(case, arguments, report),
         #[cfg(feature = "cuda")]
-        BackendName::Cuda => on::<backends::Cuda>(backend, shape, measurement, arguments, report),
+        BackendName::Cuda => on::<backends::Cuda>(case, arguments, report),
         #[allow(unreachable_patterns, reason = "with all features nothing is left")]
         other => bail!(
             "back-end {} is not compiled in; build with --features {}",
@@ -205,12 +212,15 @@ fn run(
 }
 
 fn on<K: hexa_ops::ExpertKernels>(
-    backend: BackendName,
-    shape: Shape,
-    measurement: Measurement,
+    case: Case,
     arguments: &Arguments,
     report: &mut Report,
 ) -> Result<()> {
+    let Case {
+        backend,
+        shape,
+        measurement,
+    } = case;
     let device = <Autodiff<K> as BackendTypes>::Device::default();
     let dtype = arguments.dtype.dtype();
     <K as Backend>::seed(&device, 7);

@@ -321,5 +321,28 @@ mod tests {
         assert!(check.sum(&h, right).is_ok());
         let wrong = check.sum(&h, Tensor::ones([2, 4], &Default::default()));
         assert!(wrong.unwrap_err().to_string().contains("ESS differs"));
+
+        // Expert 0 has the middle token, expert 1 the others.
+        let x = Tensor::<Cpu, 2>::from_data([[1.0], [2.0], [3.0]], &Default::default());
+        let sums = |a, b| Tensor::<Cpu, 3>::from_data([[[a]], [[b]]], &Default::default());
+        let ones = Tensor::<Cpu, 2>::ones([3, 1], &Default::default());
+        assert!(check.sums(&x, &ones, sums(2.0, 4.0)).is_ok());
+        let wrong = check.sums(&x, &ones, sums(4.0, 2.0));
+        assert!(wrong.unwrap_err().to_string().contains("ESTMM differs"));
+
+        let product = Product {
+            name: "ESMM",
+            a: &x,
+            w: &sums(10.0, 100.0),
+            options: EsmmOptions {
+                out_order: RowOrder::Expert,
+                ..EsmmOptions::default()
+            },
+        };
+        let rows = |rows: [[f64; 1]; 3]| Tensor::<Cpu, 2>::from_data(rows, &Default::default());
+        let right = rows([[20.0], [100.0], [300.0]]);
+        assert!(check.rows(&product, right).is_ok());
+        let wrong = check.rows(&product, rows([[100.0], [20.0], [300.0]]));
+        assert!(wrong.unwrap_err().to_string().contains("ESMM differs"));
     }
 }

@@ -85,6 +85,8 @@ enum BackendName {
     Cpu,
     Wgpu,
     Cuda,
+    /// CUDA with the kernels alone that other devices run, too.
+    CudaPortable,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -176,6 +178,15 @@ fn name(backend: BackendName) -> &'static str {
         BackendName::Cpu => "cpu",
         BackendName::Wgpu => "wgpu",
         BackendName::Cuda => "cuda",
+        BackendName::CudaPortable => "cuda-portable",
+    }
+}
+
+/// The cargo feature that compiles it in.
+fn feature(backend: BackendName) -> &'static str {
+    match backend {
+        BackendName::CudaPortable => name(BackendName::Cuda),
+        other => name(other),
     }
 }
 
@@ -202,11 +213,18 @@ fn run(case: Case, arguments: &Arguments, report: &mut Report) -> Result<()> {
         BackendName::Wgpu => on::<backends::Wgpu>(case, arguments, report),
         #[cfg(feature = "cuda")]
         BackendName::Cuda => on::<backends::Cuda>(case, arguments, report),
+        #[cfg(feature = "cuda")]
+        BackendName::CudaPortable => {
+            hexa_ops::use_portable_kernels(true);
+            let outcome = on::<backends::Cuda>(case, arguments, report);
+            hexa_ops::use_portable_kernels(false);
+            outcome
+        }
         #[allow(unreachable_patterns, reason = "with all features nothing is left")]
         other => bail!(
             "back-end {} is not compiled in; build with --features {}",
             name(other),
-            name(other)
+            feature(other)
         ),
     }
 }

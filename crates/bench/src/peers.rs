@@ -58,7 +58,9 @@ impl Program {
     }
 
     fn command(&self, arguments: &Arguments) -> Command {
-        let on_gpu = arguments.backend.contains(&BackendName::Cuda);
+        let on_gpu = [BackendName::Cuda, BackendName::CudaPortable]
+            .iter()
+            .any(|backend| arguments.backend.contains(backend));
         let mut command = Command::new(&self.python);
         command
             .arg(&self.program)

@@ -50,4 +50,6 @@ pub use api::{
 };
 pub use backend::{ExpertKernels, ExpertOps, TrainingBackend};
 pub use error::{OpsError, Result};
+#[cfg(feature = "cuda")]
+pub use ops::hopper::use_portable_kernels;
 pub use types::{Activation, Favor, FfnOptions, MatmulPrecision, RowOrder};

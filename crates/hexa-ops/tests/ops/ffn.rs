@@ -265,20 +265,41 @@ fn most_half_tokens() -> usize {
     if small { 40 } else { 600 }
 }
 
-/// Results that take the largest tiles, sums in parts, and so many tokens that a pass is cut. Where
-/// that costs too much the same widths have few tokens.
+/// A layer of which `half_precision_of` takes a case.
+type LargeLayer = (usize, usize, usize, Spread, usize, usize, Favor);
+
+/// Results that take the largest tiles, and a router that gives one expert everything.
 fn half_precision_of_large_results<B: TrainingBackend>() {
+    half_precision_of::<B>(
+        "ffn_in_half_precision_of_large_results",
+        &[
+            (150, 2, 8, Spread::Distinct, 376, 1528, Favor::Speed),
+            (150, 1, 8, Spread::One, 376, 1528, Favor::Speed),
+            (300, 2, 3, Spread::Distinct, 512, 520, Favor::Speed),
+            (300, 2, 3, Spread::Distinct, 520, 504, Favor::Speed),
+            (9000, 2, 2, Spread::Distinct, 16, 1024, Favor::Memory),
+        ],
+    );
+}
+
+/// So many tokens that last rounds are halved, sums are cut into parts and a pass is cut into windows.
+fn half_precision_of_many_tokens<B: TrainingBackend>() {
+    half_precision_of::<B>(
+        "ffn_in_half_precision_of_many_tokens",
+        &[
+            (6000, 2, 3, Spread::Distinct, 512, 136, Favor::Speed),
+            (9216, 2, 2, Spread::Distinct, 376, 72, Favor::Speed),
+            (2500, 1, 1, Spread::One, 264, 136, Favor::Speed),
+            (9000, 2, 3, Spread::Free, 8, 512, Favor::Memory),
+        ],
+    );
+}
+
+/// Compares layers as tokens, choices, experts, their spread, widths and what is favored. Where many
+/// tokens cost too much the same widths have few.
+fn half_precision_of<B: TrainingBackend>(test: &'static str, layers: &[LargeLayer]) {
     let few = most_half_tokens() < 600;
-    for (tokens, top_k, num_experts, spread, d_model, d_ff, favor) in [
-        (150, 2, 8, Spread::Distinct, 376, 1528, Favor::Speed),
-        (150, 1, 8, Spread::One, 376, 1528, Favor::Speed),
-        (300, 2, 3, Spread::Distinct, 512, 520, Favor::Speed),
-        (300, 2, 3, Spread::Distinct, 520, 504, Favor::Speed),
-        (6000, 2, 3, Spread::Distinct, 512, 136, Favor::Speed),
-        (6000, 2, 3, Spread::Distinct, 264, 136, Favor::Speed),
-        (9000, 2, 2, Spread::Distinct, 16, 1024, Favor::Memory),
-        (9000, 2, 3, Spread::Free, 8, 512, Favor::Memory),
-    ] {
+    for &(tokens, top_k, num_experts, spread, d_model, d_ff, favor) in layers {
         let case = FfnCase {
             d_model,
             d_ff,
@@ -287,10 +308,7 @@ fn half_precision_of_large_results<B: TrainingBackend>() {
         };
         for dtype in [DType::F16, DType::BF16] {
             if !B::supports_dtype(&B::Device::default(), dtype) {
-                skip(
-                    "ffn_in_half_precision_of_large_results",
-                    &format!("no {dtype:?} here"),
-                );
+                skip(test, &format!("no {dtype:?} here"));
                 continue;
             }
             let allowed = Tolerance::of(dtype).rtol;
@@ -336,5 +354,9 @@ backend_test!(
 backend_test!(
     ffn_in_half_precision_of_large_results,
     half_precision_of_large_results
+);
+backend_test!(
+    ffn_in_half_precision_of_many_tokens,
+    half_precision_of_many_tokens
 );
 backend_test!(ffn_is_deterministic, two_runs_have_the_same_bits);

@@ -124,7 +124,6 @@ pub(super) fn backward(
     let index = contiguous_index(args.index);
     let num_slots = index.num_slots();
     let needs = args.needs;
-    let favor = args.options.favor;
     let grad_output = rows_aligned(args.grad_output);
     let gates = packed(args.gates);
     let mut grads = FfnGrads {
@@ -135,7 +134,8 @@ pub(super) fn backward(
         w2: None,
         b2: None,
     };
-    if needs.b2 {
+    // With the gate weights' gradient the bias' is a by-product.
+    if needs.b2 && !needs.gates {
         let dy = grad_output.clone();
         grads.b2 = Some(ess(dy, RowOrder::Token, Some(gates.clone()), index.clone()));
     }
@@ -152,7 +152,7 @@ pub(super) fn backward(
         empty(&pre_activation, [num_slots, width], pre_activation.dtype)
     };
     let piece = gradient_piece(
-        favor,
+        args.options.favor,
         (num_slots, index.top_k),
         index.num_experts,
         (d_model, d_ff),
@@ -194,7 +194,7 @@ pub(super) fn backward(
             w: &w,
             ..through.clone()
         };
-        let bias_slabs = sums_bias.then(|| slabs(&grad_output, tile, &index, piece));
+        let bias_slabs = sums_bias.then(|| slabs(&grad_output, &index, piece));
         let (h, grad_h) = (columns(&pre_activation), columns(&grad_pre));
         let mut buffers = vec![&h, &parts];
         buffers.extend(&bias_slabs);
@@ -205,7 +205,7 @@ pub(super) fn backward(
         }
         if let Some(w2) = &grads.w2 {
             let out = slice(w2, 1, start, piece);
-            sums_into(&grad_rows, grad_order, &weighted, &index, true, favor, &out);
+            sums_into(&grad_rows, grad_order, &weighted, &index, true, &out);
         }
     }
     drop((pre_activation, grad_rows));
@@ -213,13 +213,25 @@ pub(super) fn backward(
     if needs.gates {
         let bias = args.weights.b2.map(rows_aligned);
         let out = empty(&gates, [index.tokens, index.top_k], gates.dtype);
-        gate_gradient(&gate_parts, &grad_output, bias.as_ref(), &index, &out);
+        if needs.b2 {
+            let shape = [index.num_experts, d_model];
+            grads.b2 = Some(empty(&grad_output, shape, grad_output.dtype));
+        }
+        gate_gradient(
+            &gate_parts,
+            &grad_output,
+            bias.as_ref(),
+            &gates,
+            &index,
+            &out,
+            grads.b2.as_ref(),
+        );
         grads.gates = Some(out);
     }
     drop(gate_parts);
     if needs.w1 {
         let (x, x_order) = prepared_rows(args.x, d_ff, &index);
-        grads.w1 = Some(sums(&x, x_order, &grad_pre, &index, false, favor));
+        grads.w1 = Some(sums(&x, x_order, &grad_pre, &index, false));
     }
     if needs.b1 && !sums_bias {
         grads.b1 = Some(ess(grad_pre.clone(), RowOrder::Expert, None, index.clone()));

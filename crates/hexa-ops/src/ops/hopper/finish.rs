@@ -7,7 +7,7 @@ use cubecl::server::KernelArguments;
 use super::Tensor;
 use super::launch::{multiprocessors, rows_aligned};
 use super::plan::{SumSplit, sorts_rows};
-use super::source::{FINISH_THREADS, SLAB_ROWS, Tile};
+use super::source::{FINISH_THREADS, SLAB_ROWS, SLAB_TILE_ROWS};
 use super::task::Kernel;
 use crate::backend::RawExpertIndex;
 use crate::ops::device::empty;
@@ -60,7 +60,9 @@ pub(super) fn add_parts(
     let kernel = Kernel::SumParts {
         is_f16: out.dtype == DType::F16,
     };
-    let cubes = elements.div_ceil(4 * 256).min(multiprocessors(out));
+    // Those of an expert without parts end at once.
+    let enough = (4 * multiprocessors(out) / index.num_experts).max(multiprocessors(out));
+    let cubes = elements.div_ceil(4 * 256).min(enough);
     // SAFETY: the parts are those that the product has just written, for the same index.
     unsafe {
         kernel.launch(
@@ -74,16 +76,16 @@ pub(super) fn add_parts(
     }
 }
 
-/// Room for the sums over [`SLAB_ROWS`] rows each that a product with rows that stay leaves: a slab of
-/// `width` columns for each of those in the row tiles that there may be.
-pub(super) fn slabs(
-    like: &Tensor,
-    tile: Tile,
-    index: &RawExpertIndex<Tensor>,
-    width: usize,
-) -> Tensor {
-    let tiles = index.num_slots() / tile.rows + index.num_experts;
-    empty(like, [tiles * tile.rows / SLAB_ROWS, width], DType::F32)
+/// Tiles of [`SLAB_TILE_ROWS`] rows that there may be, each expert's last one being whole.
+fn slab_tiles(index: &RawExpertIndex<Tensor>) -> usize {
+    index.num_slots() / SLAB_TILE_ROWS + index.num_experts
+}
+
+/// Room for sums over [`SLAB_ROWS`] rows each: a slab of `width` columns for each of those in the
+/// tiles that there may be.
+pub(super) fn slabs(like: &Tensor, index: &RawExpertIndex<Tensor>, width: usize) -> Tensor {
+    let count = slab_tiles(index) * SLAB_TILE_ROWS / SLAB_ROWS;
+    empty(like, [count, width], DType::F32)
 }
 
 /// Adds each expert's slabs up, into its row of `out`.
@@ -96,7 +98,7 @@ pub(super) fn add_slabs(slabs: &Tensor, index: &RawExpertIndex<Tensor>, out: &Te
         is_f16: out.dtype == DType::F16,
     };
     let width = slabs.meta.shape()[1];
-    // SAFETY: the slabs are those that a product has just written for the same index, and `out` has a
+    // SAFETY: the slabs are those that a kernel has just written for the same index, and `out` has a
     // row of as many columns for each expert.
     unsafe {
         kernel.launch(
@@ -108,25 +110,31 @@ pub(super) fn add_slabs(slabs: &Tensor, index: &RawExpertIndex<Tensor>, out: &Te
     }
 }
 
-/// Gradient of the gate weights from its shares: `[tokens, top_k]`.
+/// Gradient of the gate weights, `[tokens, top_k]` into `out`, from its shares; and the gradient of the
+/// second bias, `[num_experts, d_model]`, into `grad_bias`, as that reads the same rows.
 pub(super) fn gate_gradient(
     parts: &Tensor,
     grad_output: &Tensor,
     bias: Option<&Tensor>,
+    gates: &Tensor,
     index: &RawExpertIndex<Tensor>,
     out: &Tensor,
+    grad_bias: Option<&Tensor>,
 ) {
     let d_model = grad_output.meta.shape()[1];
     let num_slots = index.num_slots();
+    let slabs = grad_bias.map(|_| slabs(grad_output, index, d_model));
     let mut arguments = KernelArguments::new();
-    // Without a bias its buffer is not read; any stands for it.
+    // What is not read or written has no buffer; any stands for it.
     let bias_or_any = bias.unwrap_or(grad_output);
     arguments.buffers = [
         parts,
         grad_output,
         bias_or_any,
-        &index.positions,
+        gates,
+        &index.slots,
         &index.offsets,
+        slabs.as_ref().unwrap_or(parts),
         out,
     ]
     .map(|tensor| tensor.handle.clone().binding())
@@ -141,19 +149,22 @@ pub(super) fn gate_gradient(
         index.num_experts,
         d_model,
         usize::from(bias.is_some()),
+        usize::from(slabs.is_some()),
         grad_output.meta.strides()[0],
         bias_or_any.meta.strides()[0],
     ];
-    // SAFETY: one warp for each token of the index, whose tensors have the sizes in `scalars`.
+    const { assert!(32 * SLAB_TILE_ROWS / SLAB_ROWS == FINISH_THREADS as usize) };
+    // SAFETY: a warp for each slab that there may be, and so a cube for each tile of them; the index's
+    // tensors have the sizes in `scalars`.
     unsafe {
         kernel.launch(
             &out.client,
-            (
-                (32 * index.tokens).div_ceil(FINISH_THREADS as usize) as u32,
-                1,
-            ),
+            (slab_tiles(index) as u32, 1),
             arguments,
             scalars.map(|n| n as u64).to_vec(),
         );
+    }
+    if let (Some(slabs), Some(grad_bias)) = (slabs, grad_bias) {
+        add_slabs(&slabs, index, grad_bias);
     }
 }

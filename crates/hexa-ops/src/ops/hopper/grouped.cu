@@ -30,7 +30,9 @@
 #define LINES (PRODUCERS / 8)  // rows that all producers copy 128 bytes of at a time
 #define GROUP_M 8  // pairs of row tiles
 // Whether pairs of a last round that no more than half of the clusters would have are halved.
-#define HALVES (!PROBLEM_SUMS && EPILOGUE == EPILOGUE_STORE && BN == 256)
+#define HALVES (!PROBLEM_SUMS && EPILOGUE == EPILOGUE_STORE && BN >= 192)
+// Columns of b that a half tile copies: whole boxes.
+#define HALF_COLUMNS (B_TRANSPOSED ? BN / 2 : (BN / 2 + 63) / 64 * 64)
 
 // ---- Stages ----
 // Operands lie in rows of 128 bytes, eight rows to a swizzle atom: 16-byte chunk c of row r is at
@@ -212,7 +214,7 @@ __device__ __forceinline__ void copy_b_of_half_tile(u32 stage, const TensorMap* 
   if (!SHARED) copy_own_box(stage, map, row, n0, matrix, barrier);
 #else
 #pragma unroll
-  for (int block = 0; block < BN / 128; ++block) {
+  for (int block = 0; block < HALF_COLUMNS / 64; ++block) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       u32 target = stage + block * 8192 + half * 4096;
@@ -236,7 +238,7 @@ __device__ __forceinline__ void copy_b(u32 stage, const TensorMap* map, const Ti
 #endif
 #if HALVES
   if (tile.is_half) {
-    barrier_arrive_expecting(barrier, B_BYTES / 2);
+    barrier_arrive_expecting(barrier, HALF_COLUMNS * BK * 2);
     if (tile.shares_b) copy_b_of_half_tile<true>(stage, map, tile.n0, row, matrix, rank, barrier);
     else copy_b_of_half_tile<false>(stage, map, tile.n0, row, matrix, rank, barrier);
     return;
@@ -528,12 +530,17 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
           ? source_row<OUT_SOURCE>(slots, tile.first + warp_row + 4 * i + lane / 8) : 0;
     auto out_row = [&](int i) { return (u64)out_rows[i]; };
 #endif
+#if HALVES
+    int end = tile.is_half ? min((int)p.n, tile.n0 + BN / 2) : (int)p.n;
+#else
+    int end = (int)p.n;
+#endif
     auto store_rows = [&](u16* to, u64 stride, int width, int column) {
       column += (lane % 8) * 8;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint4 v = patch_load(patch_chunk(patch, 4 * i + lane / 8, lane % 8));
-        if (4 * i < rows_left && column < width) 
+        if (4 * i < rows_left && column < width)
           store16(to + out_row(i) * stride + column, v);
       }
     };
@@ -606,7 +613,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
         patch_store(patch, j, v);
       }
       __syncwarp();
-      store_rows(out, p.n, p.n, column);
+      store_rows(out, p.n, end, column);
       __syncwarp();
 #if EPILOGUE == EPILOGUE_ACTIVATE && !GATED
 #pragma unroll
@@ -617,7 +624,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
         patch_store(patch, j, act);
       }
       __syncwarp();
-      store_rows(out2, p.n, p.n, column);
+      store_rows(out2, p.n, end, column);
       __syncwarp();
 #elif EPILOGUE == EPILOGUE_ACTIVATE
       // Two neighbouring columns make one.
@@ -658,12 +665,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
         }
       }
       __syncwarp();
-      store_rows(out, p.h_stride, p.n, column);
+      store_rows(out, p.h_stride, end, column);
       __syncwarp();
 #pragma unroll
       for (int j = 0; j < 8; j += 2) patch_store_pairs(patch, j, weighted + j * 2);
       __syncwarp();
-      store_rows(out2, p.n, p.n, column);
+      store_rows(out2, p.n, end, column);
       __syncwarp();
 #else
       // Two columns of the pre-activation for each one of the sums.
@@ -716,7 +723,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1)
         patch_store(patch, j, v);
       }
       __syncwarp();
-      store_rows(out2, p.n, p.n, column);
+      store_rows(out2, p.n, end, column);
       __syncwarp();
 #endif
     }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use burn::tensor::DType;
@@ -16,16 +17,16 @@ use cudarc::driver::result;
 use cudarc::driver::sys::CUdevice_attribute;
 
 use super::finish::add_parts;
-use super::plan::{row_schedule, saves_memory, segment_tiles, sum_split, sum_tile};
+use super::plan::{row_schedule, segment_tiles, sum_plan};
 use super::source::{
     CLUSTER, Epilogue, MAX_EXPERTS, Problem, STAGE_DEPTH, Schedule, Tile, Variant,
 };
 use super::task::Kernel;
-use super::{EstmmArgs, Tensor};
+use super::{EstmmArgs, IS_OFF, Tensor};
 use crate::backend::{EsmmArgs, RawExpertIndex};
 use crate::ops::device::empty;
 use crate::ops::tile::launch::with_unit_columns;
-use crate::types::{Favor, RowOrder};
+use crate::types::RowOrder;
 
 /// Elements of one 16-byte access.
 const ACCESS: usize = 8;
@@ -41,6 +42,7 @@ pub(super) fn accepts(like: &Tensor, widths: &[usize], index: &RawExpertIndex<Te
         && index.num_slots() > 0
         && i32::try_from(index.num_slots()).is_ok()
         && index.num_experts <= MAX_EXPERTS
+        && !IS_OFF.load(Ordering::Relaxed)
         && is_hopper(&like.device)
 }
 
@@ -344,11 +346,11 @@ pub(super) fn estmm(args: EstmmArgs<Tensor>) -> Result<Tensor, EstmmArgs<Tensor>
     match (args.a_order, args.b_order) {
         (_, RowOrder::Expert) => {
             let (a, b) = (rows_aligned(args.a), rows_aligned(args.b));
-            Ok(sums(&a, args.a_order, &b, &index, false, Favor::Speed))
+            Ok(sums(&a, args.a_order, &b, &index, false))
         }
         (RowOrder::Expert, _) => {
             let (a, b) = (rows_aligned(args.a), rows_aligned(args.b));
-            Ok(sums(&b, args.b_order, &a, &index, true, Favor::Speed))
+            Ok(sums(&b, args.b_order, &a, &index, true))
         }
         // Bulk copies cannot gather: one operand must lie in expert order.
         _ => Err(EstmmArgs { index, ..args }),
@@ -362,12 +364,11 @@ pub(super) fn sums(
     sorted: &Tensor,
     index: &RawExpertIndex<Tensor>,
     out_transposed: bool,
-    favor: Favor,
 ) -> Tensor {
     let (m, n) = (gathered.meta.shape()[1], sorted.meta.shape()[1]);
     let (rows, columns) = if out_transposed { (n, m) } else { (m, n) };
     let out = empty(gathered, [index.num_experts, rows, columns], gathered.dtype);
-    sums_into(gathered, order, sorted, index, out_transposed, favor, &out);
+    sums_into(gathered, order, sorted, index, out_transposed, &out);
     out
 }
 
@@ -378,17 +379,15 @@ pub(super) fn sums_into(
     sorted: &Tensor,
     index: &RawExpertIndex<Tensor>,
     out_transposed: bool,
-    favor: Favor,
     out: &Tensor,
 ) {
     let (m, n) = (gathered.meta.shape()[1], sorted.meta.shape()[1]);
     let experts = index.num_experts;
     let num_slots = index.num_slots();
     let processors = multiprocessors(gathered);
-    let saves_memory = saves_memory(favor, index.top_k);
-    let split = sum_split(num_slots, experts, (m, n), saves_memory, processors);
+    let (tile, split) = sum_plan(num_slots, experts, (m, n), processors);
     let variant = Variant {
-        tile: sum_tile(num_slots, experts, (m, n), processors),
+        tile,
         schedule: Schedule::Ring,
         a: order,
         problem: Problem::Sums {

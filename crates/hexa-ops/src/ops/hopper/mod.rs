@@ -21,6 +21,7 @@ mod source;
 mod task;
 
 use std::any::Any;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn_cubecl::CubeRuntime;
 use burn_cubecl::tensor::CubeTensor;
@@ -28,6 +29,22 @@ use cubecl::cuda::CudaRuntime;
 
 use crate::backend::{EsmmArgs, FfnBackwardArgs, FfnForward, FfnGrads, FfnWeights, RawExpertIndex};
 use crate::types::{FfnOptions, RowOrder};
+
+/// Whether these kernels are passed over; see [`use_portable_kernels`].
+static IS_OFF: AtomicBool = AtomicBool::new(false);
+
+/// With `true` this process runs from now on the portable kernels alone, with `false` the faster ones
+/// again where the device has them: to compare both, or to tell in which of them a fault lies. Results
+/// are the same up to rounding.
+///
+/// ```
+/// hexa_ops::use_portable_kernels(true);
+/// // … operators on CUDA run the kernels that they run on Vulkan …
+/// hexa_ops::use_portable_kernels(false);
+/// ```
+pub fn use_portable_kernels(alone: bool) {
+    IS_OFF.store(alone, Ordering::Relaxed);
+}
 
 /// A tensor on CUDA.
 type Tensor = CubeTensor<CudaRuntime>;

@@ -25,22 +25,23 @@ const CACHE_BYTES_PER_CYCLE: usize = 30;
 const EPILOGUE_CYCLES_PER_COLUMN: usize = 18;
 
 /// Estimated time of `pairs` pairs of tiles, in cycles: clusters work on them in rounds; a round
-/// takes `depth / 64` steps and an epilogue. A last round for half of the clusters or fewer is halved
-/// if `halves` (`HALVES` of the text), and takes three fifths.
+/// takes `depth / 64` steps and an epilogue. In a last round for half of the clusters or fewer tiles have
+/// half of the columns if `halves` (`HALVES` of the text).
 fn cycles(tile: Tile, pairs: usize, depth: usize, multiprocessors: usize, halves: bool) -> usize {
     let clusters = (multiprocessors / CLUSTER).max(1);
-    // A multiprocessor does 32 × 64 multiplications in a cycle.
-    let multiplied = tile.rows * tile.columns / 32;
-    let read = 2 * STAGE_DEPTH * (tile.rows + tile.columns / CLUSTER) / CACHE_BYTES_PER_CYCLE;
-    let step = multiplied.max(read);
-    let epilogue = EPILOGUE_CYCLES_PER_COLUMN * tile.columns * tile.rows / 128;
-    let round = depth.div_ceil(STAGE_DEPTH) * step + epilogue;
+    let round = |columns: usize| {
+        // A multiprocessor does 32 × 64 multiplications in a cycle.
+        let multiplied = tile.rows * columns / 32;
+        let read = 2 * STAGE_DEPTH * (tile.rows + columns / CLUSTER) / CACHE_BYTES_PER_CYCLE;
+        let epilogue = EPILOGUE_CYCLES_PER_COLUMN * columns * tile.rows / 128;
+        depth.div_ceil(STAGE_DEPTH) * multiplied.max(read) + epilogue
+    };
     let last = match pairs % clusters {
         0 => 0,
-        rest if halves && 2 * rest <= clusters => round * 3 / 5,
-        _ => round,
+        rest if halves && tile.halves() && 2 * rest <= clusters => round(tile.columns / 2),
+        _ => round(tile.columns),
     };
-    pairs / clusters * round + last
+    pairs / clusters * round(tile.columns) + last
 }
 
 /// Most stages' depths of rows that shared memory has room for beside three stages of columns.
@@ -116,7 +117,7 @@ pub(super) fn segment_tiles(
 }
 
 /// Of these tiles for ESMM in a ring the one with the least estimated time for results `width` wide.
-/// Pairs of the widest are halved where that pays, if `halves`.
+/// Pairs of wide ones are halved where that pays, if `halves`.
 fn row_tile(
     tiles: impl IntoIterator<Item = Tile>,
     halves: bool,
@@ -127,7 +128,6 @@ fn row_tile(
 ) -> Tile {
     let time = |tile: &Tile| {
         let pairs = row_pairs(*tile, num_slots, num_experts, width);
-        let halves = halves && tile.columns == TILES[0].columns;
         cycles(*tile, pairs, depth, multiprocessors, halves)
     };
     tiles.into_iter().min_by_key(time).unwrap_or(TILES[0])
@@ -142,23 +142,6 @@ fn row_pairs(tile: Tile, num_slots: usize, num_experts: usize, width: usize) -> 
     experts * (row_tiles / 2 * column_tiles + row_tiles % 2 * column_tiles.div_ceil(2))
 }
 
-/// ESTMM's tile: the one with the least estimated time for an `m` × `n` result of each expert, the
-/// experts being balanced.
-pub(super) fn sum_tile(
-    num_slots: usize,
-    num_experts: usize,
-    (m, n): (usize, usize),
-    multiprocessors: usize,
-) -> Tile {
-    let time = |tile: &Tile| {
-        let pairs = num_experts * m.div_ceil(CLUSTER * tile.rows) * n.div_ceil(tile.columns);
-        let depth = num_slots.div_ceil(num_experts.max(1));
-        cycles(*tile, pairs, depth, multiprocessors, false)
-    };
-    let tiles = TILES.into_iter().chain([HIGH_TILE]);
-    tiles.min_by_key(time).unwrap_or(TILES[0])
-}
-
 /// Narrowest hidden width for which [`sorts_rows`].
 const SORTED_WIDTH: usize = 8192;
 
@@ -170,25 +153,20 @@ pub(super) fn sorts_rows(d_ff: usize) -> bool {
     d_ff >= SORTED_WIDTH
 }
 
-/// Whether the backward pass takes less memory where that costs little time: if memory is favored, and
-/// with one choice per token, as it needs the most there.
-pub(super) fn saves_memory(favor: Favor, top_k: usize) -> bool {
-    favor == Favor::Memory || top_k == 1
-}
-
 /// Columns of one piece of the activation's gradient, whose weighted activations are then summed to
 /// their piece of the second weights' gradient and forgotten.
 ///
 /// Two pieces halve the largest buffer of the backward pass. They pay where slots outnumber the
-/// weights' rows and each piece is made of whole tiles, and are made where that [`saves_memory`]; with
-/// more choices per token they win nothing unless the forward pass is cut, too.
+/// weights' rows and each piece is made of whole tiles. They are made with one choice per token, as the
+/// backward pass needs the most memory there, and if memory is favored; with more choices they win
+/// nothing unless the forward pass is cut, too.
 pub(super) fn gradient_piece(
     favor: Favor,
     (num_slots, top_k): (usize, usize),
     num_experts: usize,
     (d_model, d_ff): (usize, usize),
 ) -> usize {
-    let is_cut = saves_memory(favor, top_k);
+    let is_cut = favor == Favor::Memory || top_k == 1;
     let pays = num_slots > num_experts * d_model && d_ff.is_multiple_of(2 * TILES[0].columns);
     if is_cut && pays { d_ff / 2 } else { d_ff }
 }
@@ -229,8 +207,8 @@ pub(super) fn first_window(
     first.min(num_slots.div_ceil(2))
 }
 
-/// How sums over an expert's rows are cut, so that one expert with most of the rows keeps the
-/// device busy.
+/// How sums over an expert's rows are cut, so that one expert with most of the rows, or few experts
+/// with small results, keep the device busy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct SumSplit {
     /// Most rows of a part; experts with no more of them have one, and write their result directly.
@@ -240,33 +218,66 @@ pub(super) struct SumSplit {
     pub(super) max_parts: usize,
 }
 
-/// The cut, or none where one expert's tiles suffice. A function of shapes alone: sums are
-/// reproducible.
+/// Bytes that a multiprocessor moves to or from the device's memory in a cycle when all of them do.
+const MEMORY_BYTES_PER_CYCLE: usize = 18;
+
+/// Fewest rows of a part that is made only to keep the device busy: results of parts are written in f32
+/// and read again.
+const MIN_PART_ROWS: usize = 512;
+
+/// ESTMM's tile, and the cut of its sums or none, with the least estimated time for an `m` × `n` result
+/// of each expert, the experts being balanced. A function of shapes alone: sums are reproducible.
 ///
-/// A part holds a quarter more than the rows of an average expert, or half again as many if memory is
-/// to be saved, so that balanced routing needs no parts, and all parts together take at most 8/5 or 4/3
-/// `num_experts` results in f32. Nothing is cut if one expert's tiles occupy most of the device.
-pub(super) fn sum_split(
+/// If all experts' tiles leave clusters without any, each sum may be cut into as many parts as these have
+/// room for. A part holds a third more than its share of an average expert's rows, so that balanced
+/// routing needs no more parts, or half of what a cluster is to add up, as that is short enough to fill
+/// gaps with. Nothing is cut if one expert's tiles occupy most of the device.
+pub(super) fn sum_plan(
     num_slots: usize,
     num_experts: usize,
     (m, n): (usize, usize),
-    saves_memory: bool,
     multiprocessors: usize,
-) -> Option<SumSplit> {
-    let tiles = m.div_ceil(CLUSTER * TILE_ROWS) * CLUSTER * n.div_ceil(TILES[0].columns);
-    if num_experts < 2 || 4 * tiles >= 3 * multiprocessors {
-        return None;
+) -> (Tile, Option<SumSplit>) {
+    let experts = num_experts.max(1);
+    let rows = num_slots.div_ceil(experts);
+    let clusters = (multiprocessors / CLUSTER).max(1);
+    let pairs = |tile: Tile| m.div_ceil(CLUSTER * tile.rows) * n.div_ceil(tile.columns);
+    let most_parts = |tile: Tile| {
+        let room = clusters / (experts * pairs(tile)).max(1);
+        room.min(rows / MIN_PART_ROWS).max(1)
+    };
+    let time = |&(tile, parts): &(Tile, usize)| {
+        let pairs = experts * pairs(tile) * parts;
+        // Each part's result is written in f32 and read again; both count twice, as it takes memory, too.
+        let moved = if parts > 1 {
+            16 * experts * parts * m * n
+        } else {
+            0
+        };
+        cycles(tile, pairs, rows.div_ceil(parts), multiprocessors, false)
+            + moved / (MEMORY_BYTES_PER_CYCLE * multiprocessors.max(1))
+    };
+    let tiles = TILES.into_iter().chain([HIGH_TILE]);
+    let (tile, parts) = tiles
+        .flat_map(|tile| [(tile, 1), (tile, most_parts(tile))])
+        .min_by_key(time)
+        .unwrap_or((TILES[0], 1));
+
+    let is_busy = 4 * CLUSTER * pairs(TILES[0]) >= 3 * multiprocessors;
+    if is_busy || experts * parts < 2 {
+        return (tile, None);
     }
-    let quarters = if saves_memory { 6 } else { 5 };
-    let chunk = (quarters * num_slots)
-        .div_ceil(4 * num_experts)
-        .next_multiple_of(STAGE_DEPTH);
-    // A cut expert has more than `chunk` rows, and less than one part more than that many would fill.
-    let full = num_slots / chunk;
-    Some(SumSplit {
-        chunk,
-        max_parts: full + full.min(num_experts),
-    })
+    let thirds = if experts == 1 { 3 } else { 4 };
+    let share = (thirds * num_slots.max(1)).div_ceil(3 * experts * parts);
+    let filling = num_slots * pairs(tile) / (2 * clusters);
+    let chunk = share.max(filling).next_multiple_of(STAGE_DEPTH);
+    // An expert is cut if it has more rows than a part holds, and its last part holds one at least.
+    let cut = experts.min(num_slots / (chunk + 1));
+    let max_parts = (num_slots - cut) / chunk + cut;
+    (
+        tile,
+        (max_parts > 0).then_some(SumSplit { chunk, max_parts }),
+    )
 }
 
 #[cfg(test)]
@@ -288,7 +299,8 @@ mod tests {
         assert_eq!(row_tile_of(18_432, 8, 384, 1536), (192, 192));
         assert_eq!(row_tile_of(18_432, 8, 512, 2048), (128, 256));
         assert_eq!(row_tile_of(18_432, 8, 1536, 384), (192, 192));
-        assert_eq!(row_tile_of(1, 8, 8, 8), (128, 128));
+        // Half of a tile of 192.
+        assert_eq!(row_tile_of(1, 8, 8, 8), (128, 192));
         assert_eq!(row_tile_of(0, 8, 8, 8), (128, 256));
     }
 
@@ -334,7 +346,7 @@ mod tests {
     #[test]
     fn sums_get_the_tile_with_the_fewest_rounds() {
         let tile = |slots, m, n| {
-            let tile = sum_tile(slots, 8, (m, n), 132);
+            let (tile, _) = sum_plan(slots, 8, (m, n), 132);
             (tile.rows, tile.columns)
         };
         // 64 pairs for 66 clusters, where other tiles take two rounds.
@@ -354,17 +366,17 @@ mod tests {
 
     #[test]
     fn parts_never_exceed_their_bound() {
-        for (num_experts, saves_memory) in [(2, false), (3, true), (4, false), (4, true)] {
-            for num_slots in [1, 63, 64, 500, 1000] {
-                let Some(split) = sum_split(num_slots, num_experts, (8, 8), saves_memory, 132)
-                else {
-                    panic!("small results are cut");
+        for num_experts in 1..=5 {
+            for num_slots in [1, 63, 64, 500, 1000, 5000] {
+                let (_, split) = sum_plan(num_slots, num_experts, (8, 8), 132);
+                let Some(split) = split else {
+                    assert!(num_slots < 2 * MIN_PART_ROWS, "{num_experts}");
+                    continue;
                 };
                 for first in (0..=num_slots).step_by(7) {
-                    let rest = num_slots - first;
                     let mut rows = vec![0; num_experts];
                     rows[0] = first;
-                    rows[1] = rest;
+                    rows[num_experts - 1] += num_slots - first;
                     let found = parts(&rows, split.chunk);
                     assert!(found <= split.max_parts, "{rows:?} {split:?}: {found}");
                 }
@@ -373,11 +385,28 @@ mod tests {
     }
 
     #[test]
-    fn wide_results_and_single_experts_are_not_cut() {
-        assert_eq!(sum_split(8192, 8, (4096, 14_336), false, 132), None);
-        assert_eq!(sum_split(8192, 1, (64, 64), false, 132), None);
-        assert_eq!(sum_split(4608, 8, (1024, 4096), true, 132), None);
-        assert!(sum_split(18_432, 8, (384, 1536), true, 132).is_some());
+    fn wide_results_are_not_cut_and_few_small_ones_fill_the_clusters() {
+        let split = |slots, experts, widths| sum_plan(slots, experts, widths, 132).1;
+        assert_eq!(split(8192, 8, (4096, 14_336)), None);
+        assert_eq!(split(8192, 1, (8192, 8192)), None);
+        assert_eq!(split(4608, 8, (1024, 4096)), None);
+        assert_eq!(split(1000, 1, (64, 64)), None);
+        // An average expert has one part, and a single one with eight pairs of tiles has eight.
+        let average = split(18_432, 8, (384, 1536)).map(|split| split.chunk);
+        assert_eq!(average, Some(3072));
+        let all = Some(SumSplit {
+            chunk: 2304,
+            max_parts: 8,
+        });
+        assert_eq!(split(18_432, 1, (384, 1536)), all);
+        // Two experts have four parts each, as long as none has a third more than the average.
+        // Of many experts with large results none is cut that others can be summed beside.
+        let many = split(131_072, 64, (2048, 1024));
+        assert_eq!(many.map(|many| many.max_parts), Some(8));
+        let (_, two) = sum_plan(18_432, 2, (384, 1536), 132);
+        let chunk = two.map_or(0, |two| two.chunk);
+        assert_eq!(parts(&[9216, 9216], chunk), 6);
+        assert_eq!(parts(&[12_000, 6432], chunk), 7);
     }
 
     #[test]

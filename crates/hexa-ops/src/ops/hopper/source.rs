@@ -115,8 +115,11 @@ pub(super) enum Problem {
     },
 }
 
-/// Rows whose sums share a slab of partial sums.
+/// Rows whose sum is a slab of partial sums.
 pub(super) const SLAB_ROWS: usize = 16;
+
+/// Rows of the tiles by which slabs are counted.
+pub(super) const SLAB_TILE_ROWS: usize = STATIONARY_TILE.rows;
 
 /// The tile of rows that stay.
 pub(super) const STATIONARY_TILE: Tile = Tile::new(128, 128);
@@ -133,6 +136,11 @@ pub(super) struct Tile {
 impl Tile {
     pub(super) const fn new(rows: usize, columns: usize) -> Self {
         Self { rows, columns }
+    }
+
+    /// Whether plain products halve tiles like this in a last round that few clusters would have.
+    pub(super) fn halves(&self) -> bool {
+        self.columns >= 192
     }
 }
 

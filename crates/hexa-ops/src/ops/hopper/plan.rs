@@ -399,12 +399,11 @@ mod tests {
             max_parts: 8,
         });
         assert_eq!(split(18_432, 1, (384, 1536)), all);
-        // Two experts have four parts each, as long as none has a third more than the average.
         // Of many experts with large results none is cut that others can be summed beside.
         let many = split(131_072, 64, (2048, 1024));
         assert_eq!(many.map(|many| many.max_parts), Some(8));
-        let (_, two) = sum_plan(18_432, 2, (384, 1536), 132);
-        let chunk = two.map_or(0, |two| two.chunk);
+        // Of four parts that there is room for, two balanced experts have three each.
+        let chunk = split(18_432, 2, (384, 1536)).map_or(0, |two| two.chunk);
         assert_eq!(parts(&[9216, 9216], chunk), 6);
         assert_eq!(parts(&[12_000, 6432], chunk), 7);
     }

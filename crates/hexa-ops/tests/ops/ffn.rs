@@ -265,10 +265,10 @@ fn most_half_tokens() -> usize {
     if small { 40 } else { 600 }
 }
 
-/// A layer of which `half_precision_of` takes a case.
+/// Tokens, choices, experts, how tokens are spread over these, `d_model`, `d_ff`, and what is favored.
 type LargeLayer = (usize, usize, usize, Spread, usize, usize, Favor);
 
-/// Results that take the largest tiles, and a router that gives one expert everything.
+/// Results that take the largest tiles, one expert that has everything, and a wide layer in windows.
 fn half_precision_of_large_results<B: TrainingBackend>() {
     half_precision_of::<B>(
         "ffn_in_half_precision_of_large_results",
@@ -295,8 +295,7 @@ fn half_precision_of_many_tokens<B: TrainingBackend>() {
     );
 }
 
-/// Compares layers as tokens, choices, experts, their spread, widths and what is favored. Where many
-/// tokens cost too much the same widths have few.
+/// Compares layers with the oracle. Where many tokens cost too much the same widths have few.
 fn half_precision_of<B: TrainingBackend>(test: &'static str, layers: &[LargeLayer]) {
     let few = most_half_tokens() < 600;
     for &(tokens, top_k, num_experts, spread, d_model, d_ff, favor) in layers {

@@ -1,5 +1,6 @@
 // What goes before the grouped products and follows them: rows brought into expert order, sums over
-// parts, over column tiles and over slabs, and the second bias' share of two gradients. Definitions in front of this text: IS_F16, TOP_K.
+// parts, over column tiles and over slabs, and the second bias' share of two gradients. Definitions in
+// front of this text: IS_F16, TOP_K, SLAB_ROWS, TILE_SLABS (slabs of a tile).
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -49,9 +50,6 @@ extern "C" __global__ void hexa_sort_rows(const u16* __restrict__ x, const int* 
 struct GateParams {
   u64 num_slots, column_tiles, num_experts, d_model, has_bias, sums_bias, grad_stride, bias_stride;
 };
-
-#define SLAB_ROWS 16
-#define TILE_SLABS 8  // of a tile of 128 rows
 
 // First of an expert's slabs, of which each has the sum over SLAB_ROWS rows: tiles are counted as if
 // each expert's last one were whole.

@@ -318,7 +318,9 @@ pub(super) fn finish_text(is_f16: bool, top_k: usize) -> String {
     let mut defines = Defines::default();
     defines
         .add("IS_F16", usize::from(is_f16))
-        .add("TOP_K", top_k);
+        .add("TOP_K", top_k)
+        .add("SLAB_ROWS", SLAB_ROWS)
+        .add("TILE_SLABS", SLAB_TILE_ROWS / SLAB_ROWS);
     defines.0 + FINISH
 }
 

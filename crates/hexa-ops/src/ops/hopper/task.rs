@@ -16,7 +16,7 @@ use super::source::{FINISH_THREADS, TEXT_HASH, Variant, finish_text};
 pub(super) enum Kernel {
     /// A matrix product.
     Grouped(Variant),
-    /// The gate weights' gradient.
+    /// The gate weights' gradient, and slabs for the second bias'.
     GateGradient {
         /// Element type.
         is_f16: bool,
